@@ -1,0 +1,47 @@
+"""What a runtime is: it refuses a layer with a reason, or builds a live kernel for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from sift_compiler.lowering.specification import LayerSpec
+
+
+@dataclass
+class Specialisations:
+    """How often, and for how long, a kernel was brought up to date with its mask."""
+
+    builds: int = 0
+    """Times machine code was compiled or fetched from a cache for this kernel."""
+    build_ms: float = 0.0
+    repacks: int = 0
+    """Times the program of the mask was packed anew because the mask had moved (the first packing is not counted)."""
+    repack_ms: float = 0.0
+    last_repack_ms: float = 0.0
+    calls: int = field(default=0)
+
+
+class LiveKernel(Protocol):
+    """A kernel behind a handle (see nn.live) that follows its layer's mask."""
+
+    name: str
+    spec: LayerSpec
+    specialisations: Specialisations
+
+    def __call__(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the layer for any batch size; re-specialises first if ``index`` has changed since the last call."""
+
+
+class Runtime(Protocol):
+    """Builds live kernels."""
+
+    name: str
+
+    def refuse(self, spec: LayerSpec, device: str) -> str | None:
+        """Why this runtime does not take the layer on this device, or None if it does."""
+
+    def build(self, spec: LayerSpec, name: str, threads: int) -> LiveKernel:
+        """A live kernel for ``spec``; ``name`` is the layer's module path, for messages and reports."""

@@ -1,0 +1,1 @@
+"""What a sparse graph is."""

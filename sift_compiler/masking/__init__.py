@@ -1,0 +1,1 @@
+"""Sparse-training mathematics on tensors: when, how much, which, what follows."""

@@ -1,0 +1,246 @@
+"""The operators ``sift::conv2d`` and ``sift::linear`` and their backward operators.
+
+One boundary for everything: eager mode, autograd, torch.compile, autocast, the FLOP counter and every runtime meet here.
+
+    y  = conv2d(x, values, index, bias, shape, stride, padding, dilation, groups, probe, kernel_handle)
+    dx = conv2d_input_gradient(dy, values, index, shape, input_shape, stride, padding, dilation, groups)
+    dv = conv2d_values_gradient(dy, x, index, shape, stride, padding, dilation, groups, probe)
+
+``values`` [nnz] and ``index`` [nnz] are the compact weight of dense ``shape`` (see ir.pattern). ``probe`` is a handle of
+nn.growth (0: none), ``kernel_handle`` one of nn.live (0: the reference). Both are constants of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sift_compiler.nn import live, reference
+from sift_compiler.nn.growth import armed_probe
+
+Ints = Sequence[int]
+
+
+@torch.library.custom_op("sift::conv2d", mutates_args=())
+def conv2d(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, probe: int = 0, kernel_handle: int = 0,
+) -> Tensor:  # fmt: skip
+    """Sparse convolution: x [N, C, H, W], dense weight shape [M, C / groups, kh, kw] → [N, M, H', W'], contiguous."""
+    if kernel_handle != live.REFERENCE:
+        return live.lookup(kernel_handle)(x, values, index, bias)
+    return reference.conv2d(x, values, index, bias, shape, stride, padding, dilation, groups)
+
+
+@conv2d.register_fake
+def _(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Ints, stride: Ints,
+    padding: Ints, dilation: Ints, groups: int, probe: int = 0, kernel_handle: int = 0,
+) -> Tensor:  # fmt: skip
+    weight = values.new_empty(torch.Size(shape))
+    y = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("sift::conv2d_input_gradient", mutates_args=())
+def conv2d_input_gradient(
+    gradient: Tensor, values: Tensor, index: Tensor, shape: Sequence[int], input_shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """dL/dx of :func:`conv2d`, of ``input_shape``, contiguous."""
+    return reference.conv2d_input_gradient(
+        gradient, values, index, shape, input_shape, stride, padding, dilation, groups
+    )
+
+
+@conv2d_input_gradient.register_fake
+def _(
+    gradient: Tensor, values: Tensor, index: Tensor, shape: Ints, input_shape: Ints,
+    stride: Ints, padding: Ints, dilation: Ints, groups: int,
+) -> Tensor:  # fmt: skip
+    return gradient.new_empty(input_shape)
+
+
+@torch.library.custom_op("sift::conv2d_values_gradient", mutates_args=())
+def conv2d_values_gradient(
+    gradient: Tensor, x: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], groups: int, probe: int = 0,
+) -> Tensor:  # fmt: skip
+    """dL/dvalues [nnz] of :func:`conv2d`; leaves the dense gradient in the probe if that is armed."""
+    dense = reference.conv2d_weight_gradient(gradient, x, shape, stride, padding, dilation, groups)
+    _deliver(probe, dense)
+    return dense.reshape(-1)[index.long()]
+
+
+@conv2d_values_gradient.register_fake
+def _(
+    gradient: Tensor, x: Tensor, index: Tensor, shape: Ints, stride: Ints,
+    padding: Ints, dilation: Ints, groups: int, probe: int = 0,
+) -> Tensor:  # fmt: skip
+    return gradient.new_empty(index.shape)
+
+
+@torch.library.custom_op("sift::linear", mutates_args=())
+def linear(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Sequence[int], probe: int = 0, kernel_handle: int = 0
+) -> Tensor:
+    """Sparse linear map: x [..., in], dense weight shape [out, in] → [..., out], contiguous."""
+    if kernel_handle != live.REFERENCE:
+        return live.lookup(kernel_handle)(x, values, index, bias)
+    return reference.linear(x, values, index, bias, shape)
+
+
+@linear.register_fake
+def _(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Ints, probe: int = 0, kernel_handle: int = 0
+) -> Tensor:
+    torch._check(x.shape[-1] == shape[1], lambda: f"sift::linear expects {shape[1]} input features, got {x.shape[-1]}")
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@torch.library.custom_op("sift::linear_input_gradient", mutates_args=())
+def linear_input_gradient(gradient: Tensor, values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """dL/dx [..., in] of :func:`linear`."""
+    return reference.linear_input_gradient(gradient, values, index, shape)
+
+
+@linear_input_gradient.register_fake
+def _(gradient: Tensor, values: Tensor, index: Tensor, shape: Ints) -> Tensor:
+    return gradient.new_empty((*gradient.shape[:-1], shape[1]))
+
+
+@torch.library.custom_op("sift::linear_values_gradient", mutates_args=())
+def linear_values_gradient(
+    gradient: Tensor, x: Tensor, index: Tensor, shape: Sequence[int], probe: int = 0
+) -> Tensor:
+    """dL/dvalues [nnz] of :func:`linear`; leaves the dense gradient in the probe if that is armed."""
+    dense = reference.linear_weight_gradient(gradient, x)
+    _deliver(probe, dense)
+    return dense.reshape(-1)[index.long()]
+
+
+@linear_values_gradient.register_fake
+def _(gradient: Tensor, x: Tensor, index: Tensor, shape: Ints, probe: int = 0) -> Tensor:
+    return gradient.new_empty(index.shape)
+
+
+def _deliver(handle: int, dense: Tensor) -> None:
+    probe = armed_probe(handle)
+    if probe is not None:
+        probe.add(dense)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, index, bias, ctx.shape, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.probe, _ = inputs
+    ctx.save_for_backward(x, values, index)
+
+
+def _conv2d_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, index = ctx.saved_tensors
+    geometry = (ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
+    dx = dv = db = None
+    if ctx.needs_input_grad[0]:
+        dx = conv2d_input_gradient(gradient, values, index, ctx.shape, x.shape, *geometry)
+    if ctx.needs_input_grad[1]:
+        dv = conv2d_values_gradient(gradient, x, index, ctx.shape, *geometry, ctx.probe)
+    if ctx.needs_input_grad[3]:
+        db = gradient.sum((0, 2, 3))
+    return (dx, dv, None, db, *[None] * 7)
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, index, bias, ctx.shape, ctx.probe, _ = inputs
+    ctx.save_for_backward(x, values, index)
+
+
+def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, index = ctx.saved_tensors
+    dx = dv = db = None
+    if ctx.needs_input_grad[0]:
+        dx = linear_input_gradient(gradient, values, index, ctx.shape)
+    if ctx.needs_input_grad[1]:
+        dv = linear_values_gradient(gradient, x, index, ctx.shape, ctx.probe)
+    if ctx.needs_input_grad[3]:
+        db = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+    return (dx, dv, None, db, *[None] * 3)
+
+
+conv2d.register_autograd(_conv2d_backward, setup_context=_save_conv2d)
+linear.register_autograd(_linear_backward, setup_context=_save_linear)
+
+
+# --- autocast -------------------------------------------------------------------------------------------------------
+
+_autocast = torch.library.Library("sift", "FRAGMENT")
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return tensor.to(dtype) if tensor is not None and tensor.dtype == torch.float32 else tensor
+
+
+def _register_autocast(device: str) -> None:
+    """Matrix products run in the autocast dtype, as torch's own conv2d and linear do."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper() if device == 'cpu' else 'CUDA'}")
+
+    def run(operator: Any, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            result: Tensor = operator(_cast(x, dtype), _cast(values, dtype), index, _cast(bias, dtype), *rest)
+        return result
+
+    name = "AutocastCPU" if device == "cpu" else "AutocastCUDA"
+    _autocast.impl("conv2d", lambda *a: run(torch.ops.sift.conv2d.default, *a), name)
+    _autocast.impl("linear", lambda *a: run(torch.ops.sift.linear.default, *a), name)
+
+
+_register_autocast("cpu")
+_register_autocast("cuda")
+
+
+# --- FLOPs: 2 per multiply-add, kept weights only -------------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.sift.conv2d)
+def _conv2d_flops(x: Any, values: Any, index: Any, bias: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * values[0] * out_shape[0] * out_shape[2] * out_shape[3])
+
+
+@register_flop_formula([torch.ops.sift.conv2d_input_gradient])
+def _conv2d_input_gradient_flops(gradient: Any, values: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * values[0] * gradient[0] * gradient[2] * gradient[3])
+
+
+@register_flop_formula([torch.ops.sift.conv2d_values_gradient])
+def _conv2d_values_gradient_flops(
+    gradient: Any, x: Any, index: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(2 * index[0] * gradient[0] * gradient[2] * gradient[3])
+
+
+def _rows(shape: Any) -> int:
+    return int(torch.Size(shape[:-1]).numel())
+
+
+@register_flop_formula(torch.ops.sift.linear)
+def _linear_flops(x: Any, values: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * values[0] * _rows(x))
+
+
+@register_flop_formula([torch.ops.sift.linear_input_gradient])
+def _linear_input_gradient_flops(gradient: Any, values: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * values[0] * _rows(gradient))
+
+
+@register_flop_formula([torch.ops.sift.linear_values_gradient])
+def _linear_values_gradient_flops(
+    gradient: Any, x: Any, index: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(2 * index[0] * _rows(gradient))

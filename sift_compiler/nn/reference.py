@@ -1,0 +1,60 @@
+"""The reference path: scatter to dense, dense operation, gather the gradient. Works on any device; it is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def densify(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """``values`` [nnz] at the flat positions ``index`` [nnz] of an otherwise zero tensor of ``shape``."""
+    dense = values.new_zeros(torch.Size(shape).numel())
+    return dense.index_copy_(0, index.long(), values).view(torch.Size(shape))
+
+
+def conv2d(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """Convolution [N, C, H, W] → [N, M, H', W'] with the weight that ``values`` and ``index`` stand for."""
+    weight = densify(values, index, shape)
+    return F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups).contiguous()
+
+
+def conv2d_input_gradient(
+    gradient: Tensor, values: Tensor, index: Tensor, shape: Sequence[int], input_shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """dL/dx [N, C, H, W] from dL/dy [N, M, H', W']."""
+    weight = densify(values, index, shape)
+    return torch.nn.grad.conv2d_input(
+        list(input_shape), weight, gradient, list(stride), list(padding), list(dilation), groups
+    ).contiguous()
+
+
+def conv2d_weight_gradient(
+    gradient: Tensor, x: Tensor, shape: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """The dense dL/dW, of ``shape``."""
+    return torch.nn.grad.conv2d_weight(
+        x, torch.Size(shape), gradient, list(stride), list(padding), list(dilation), groups
+    )
+
+
+def linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """[..., in] → [..., out]."""
+    return F.linear(x, densify(values, index, shape), bias)
+
+
+def linear_input_gradient(gradient: Tensor, values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """dL/dx [..., in] from dL/dy [..., out]."""
+    return gradient @ densify(values, index, shape)
+
+
+def linear_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """The dense dL/dW [out, in]."""
+    return gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])

@@ -1,0 +1,1 @@
+"""What watches and never changes anything."""
