@@ -56,8 +56,10 @@ class Pattern:
         """Raise UserError unless the index is int32, one-dimensional, within range and free of repetitions."""
         index = self.index
         if index.dtype != torch.int32 or index.dim() != 1:
-            raise UserError(f"A pattern's index must be int32 of one dimension, not {index.dtype} of shape {tuple(index.shape)}.")
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.numel):
+            raise UserError(
+                f"A pattern's index must be int32 of one dimension, not {index.dtype} of shape {tuple(index.shape)}."
+            )
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.numel):
             raise UserError(f"A pattern's index must lie in [0, {self.numel}) for the dense shape {self.shape}.")
         if torch.unique(index).numel() != index.numel():
             raise UserError(f"A pattern's index for the dense shape {self.shape} names an entry twice.")

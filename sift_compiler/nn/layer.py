@@ -24,7 +24,9 @@ class SparseLayer(nn.Module):
     index: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, pattern: Pattern, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, pattern: Pattern, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()
         pattern.check()
         self.weight_shape = tuple(pattern.shape)

@@ -30,5 +30,5 @@ class MaskHook(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in ("probe", "handle")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._renew()

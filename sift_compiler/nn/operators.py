@@ -87,7 +87,13 @@ def _(
 
 @torch.library.custom_op("sift::linear", mutates_args=())
 def linear(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Sequence[int], probe: int = 0, kernel_handle: int = 0
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    probe: int = 0,
+    kernel_handle: int = 0,
 ) -> Tensor:
     """Sparse linear map: x [..., in], dense weight shape [out, in] → [..., out], contiguous."""
     if kernel_handle != live.REFERENCE:
@@ -99,7 +105,9 @@ def linear(
 def _(
     x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Ints, probe: int = 0, kernel_handle: int = 0
 ) -> Tensor:
-    torch._check(x.shape[-1] == shape[1], lambda: f"sift::linear expects {shape[1]} input features, got {x.shape[-1]}")
+    torch._check(  # type: ignore[no-untyped-call]
+        x.shape[-1] == shape[1], lambda: f"sift::linear expects {shape[1]} input features, got {x.shape[-1]}"
+    )
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
@@ -115,9 +123,7 @@ def _(gradient: Tensor, values: Tensor, index: Tensor, shape: Ints) -> Tensor:
 
 
 @torch.library.custom_op("sift::linear_values_gradient", mutates_args=())
-def linear_values_gradient(
-    gradient: Tensor, x: Tensor, index: Tensor, shape: Sequence[int], probe: int = 0
-) -> Tensor:
+def linear_values_gradient(gradient: Tensor, x: Tensor, index: Tensor, shape: Sequence[int], probe: int = 0) -> Tensor:
     """dL/dvalues [nnz] of :func:`linear`; leaves the dense gradient in the probe if that is armed."""
     dense = reference.linear_weight_gradient(gradient, x)
     _deliver(probe, dense)
@@ -139,7 +145,7 @@ def _deliver(handle: int, dense: Tensor) -> None:
 
 
 def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, index, bias, ctx.shape, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.probe, _ = inputs
+    x, values, index, _bias, ctx.shape, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.probe, _ = inputs
     ctx.save_for_backward(x, values, index)
 
 
@@ -157,7 +163,7 @@ def _conv2d_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, index, bias, ctx.shape, ctx.probe, _ = inputs
+    x, values, index, _bias, ctx.shape, ctx.probe, _ = inputs
     ctx.save_for_backward(x, values, index)
 
 
@@ -179,7 +185,7 @@ linear.register_autograd(_linear_backward, setup_context=_save_linear)
 
 # --- autocast -------------------------------------------------------------------------------------------------------
 
-_autocast = torch.library.Library("sift", "FRAGMENT")
+_autocast = torch.library.Library("sift", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -188,7 +194,8 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _register_autocast(device: str) -> None:
     """Matrix products run in the autocast dtype, as torch's own conv2d and linear do."""
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper() if device == 'cpu' else 'CUDA'}")
+    name = f"Autocast{device.upper()}"
+    key = getattr(torch._C.DispatchKey, name)
 
     def run(operator: Any, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
@@ -196,9 +203,8 @@ def _register_autocast(device: str) -> None:
             result: Tensor = operator(_cast(x, dtype), _cast(values, dtype), index, _cast(bias, dtype), *rest)
         return result
 
-    name = "AutocastCPU" if device == "cpu" else "AutocastCUDA"
-    _autocast.impl("conv2d", lambda *a: run(torch.ops.sift.conv2d.default, *a), name)
-    _autocast.impl("linear", lambda *a: run(torch.ops.sift.linear.default, *a), name)
+    _autocast.impl("conv2d", lambda *a: run(torch.ops.sift.conv2d.default, *a), name)  # type: ignore[no-untyped-call]
+    _autocast.impl("linear", lambda *a: run(torch.ops.sift.linear.default, *a), name)  # type: ignore[no-untyped-call]
 
 
 _register_autocast("cpu")

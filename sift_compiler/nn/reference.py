@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input as _conv2d_input
+from torch.nn.grad import conv2d_weight as _conv2d_weight
 
 
 def densify(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
@@ -30,9 +32,10 @@ def conv2d_input_gradient(
 ) -> Tensor:  # fmt: skip
     """dL/dx [N, C, H, W] from dL/dy [N, M, H', W']."""
     weight = densify(values, index, shape)
-    return torch.nn.grad.conv2d_input(
+    result: Tensor = _conv2d_input(
         list(input_shape), weight, gradient, list(stride), list(padding), list(dilation), groups
-    ).contiguous()
+    )
+    return result.contiguous()
 
 
 def conv2d_weight_gradient(
@@ -40,9 +43,8 @@ def conv2d_weight_gradient(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """The dense dL/dW, of ``shape``."""
-    return torch.nn.grad.conv2d_weight(
-        x, torch.Size(shape), gradient, list(stride), list(padding), list(dilation), groups
-    )
+    result: Tensor = _conv2d_weight(x, torch.Size(shape), gradient, list(stride), list(padding), list(dilation), groups)
+    return result
 
 
 def linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:

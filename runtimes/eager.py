@@ -1,0 +1,40 @@
+"""The eager runtime: the reference operators behind the runtime contract. It is the oracle of the conformance suite."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.nn import reference
+from sift_compiler.runtimes.base import Specialisations
+
+
+class EagerKernel:
+    """Runs a layer on the reference path; it has no program, hence nothing to re-specialise."""
+
+    def __init__(self, spec: LayerSpec, name: str) -> None:
+        self.name, self.spec, self.specialisations = name, spec, Specialisations()
+
+    def __call__(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the layer with a dense operation."""
+        spec = self.spec
+        self.specialisations.calls += 1
+        if spec.kind == "linear":
+            return reference.linear(x, values, index, bias, spec.weight_shape)
+        return reference.conv2d(
+            x, values, index, bias, spec.weight_shape, spec.stride, spec.padding, spec.dilation, spec.groups
+        )
+
+
+class EagerRuntime:
+    """Takes every layer on every device."""
+
+    name = "eager"
+
+    def refuse(self, spec: LayerSpec, device: str) -> str | None:
+        """Never refuses."""
+        return None
+
+    def build(self, spec: LayerSpec, name: str, threads: int) -> EagerKernel:
+        """A kernel for ``spec``; torch's own thread setting holds, ``threads`` is not used."""
+        return EagerKernel(spec, name)

@@ -1,0 +1,131 @@
+"""``torch.compile(model, backend="sift")``: sparse layers to a runtime, the rest of the graph to inductor.
+
+The function :func:`sift` is registered under the entry point group ``torch_dynamo_backends``. It leaves the graph as it is but
+for one constant per sparse layer: the handle of a live kernel. Masks may therefore move without a new trace.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from sift_compiler.lowering.partition import SparseNode, assign_handle, partition
+from sift_compiler.nn import live
+from sift_compiler.options import CompileOptions, from_mapping
+from sift_compiler.runtimes import registry
+from sift_compiler.runtimes.base import LiveKernel
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Compilation:
+    """What the backend made of one graph. It lives as long as the compiled function does."""
+
+    options: CompileOptions
+    kernels: tuple[LiveKernel, ...] = ()
+    """One live kernel per sparse layer call that the runtime took."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """(layer, reason) of every sparse layer call that runs on the reference path."""
+    rest: str = ""
+    """Who runs the rest of the graph, and why if it is not who was asked for."""
+    handles: tuple[int, ...] = field(default=())
+
+
+_compilations: weakref.WeakSet[Compilation] = weakref.WeakSet()
+
+
+def compilations() -> tuple[Compilation, ...]:
+    """What the backend made of every graph whose compiled function is alive."""
+    return tuple(_compilations)
+
+
+def sift(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """The torch.compile backend. Options: the fields of :class:`sift_compiler.options.CompileOptions`.
+
+    Raises:
+        UserError: an unknown option or runtime, or a value out of range.
+        RuntimeBuildError: the runtime could not compile a layer that it took.
+    """
+    chosen = from_mapping(CompileOptions, dict(options or {}))
+    runtime = registry.get(chosen.runtime)
+    compilation = Compilation(chosen)
+    threads = chosen.threads or torch.get_num_threads()
+    nodes = partition(graph_module.graph, runtime.refuse)
+    taken = [node for node in nodes if node.refusal is None]
+    kernels = [runtime.build(node.spec, node.name, threads) for node in taken]
+    compilation.kernels = tuple(kernels)
+    compilation.handles = tuple(live.register(kernel) for kernel in kernels)
+    for node, handle in zip(taken, compilation.handles, strict=True):
+        assign_handle(node, handle)
+    graph_module.recompile()
+    compilation.refused = tuple((node.name, node.refusal) for node in nodes if node.refusal is not None)
+    _announce(runtime.name, nodes, compilation)
+    run, compilation.rest = _compile_rest(graph_module, example_inputs, chosen.rest)
+    _compilations.add(compilation)
+    return _owning(run, compilation)
+
+
+def _owning(run: Compiled, compilation: Compilation) -> Compiled:
+    @functools.wraps(run)
+    def call(*args: Any) -> Any:
+        return run(*args)
+
+    # The registry of live kernels is weak: the compiled function is what keeps them.
+    call.compilation = compilation  # type: ignore[attr-defined]
+    return call
+
+
+def _announce(runtime: str, nodes: Sequence[SparseNode], compilation: Compilation) -> None:
+    log.info("%d of %d sparse layers run on %s", len(compilation.kernels), len(nodes), runtime)
+    for reason in dict.fromkeys(reason for _, reason in compilation.refused):
+        names = [name for name, why in compilation.refused if why == reason]
+        log.warning(
+            "%d sparse layer(s) run on the dense reference path (no time is saved): %s. Layers: %s",
+            len(names), reason, ", ".join(names[:5]) + (" …" if len(names) > 5 else ""),
+        )  # fmt: skip
+
+
+def _compile_rest(graph_module: fx.GraphModule, example_inputs: Sequence[Any], rest: str) -> tuple[Compiled, str]:
+    if rest == "eager":
+        return graph_module.forward, "eager"
+    reason = _no_inductor(_devices(example_inputs))
+    if reason is not None:
+        _say_once(reason)
+        return graph_module.forward, f"eager: {reason}"
+    from torch._inductor.compile_fx import compile_fx
+
+    return cast(Compiled, compile_fx(graph_module, list(example_inputs))), "inductor"
+
+
+def _devices(example_inputs: Sequence[Any]) -> frozenset[str]:
+    return frozenset(value.device.type for value in example_inputs if isinstance(value, torch.Tensor))
+
+
+@functools.cache
+def _no_inductor(devices: frozenset[str]) -> str | None:
+    """Why inductor cannot compile for these devices here, or None."""
+    if devices <= {"cpu"}:
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            return "no C++ compiler was found (install g++ or clang++, or set CXX)"
+    return None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning("The dense part of the graph runs in eager mode, not in inductor: %s.", reason)
