@@ -1,0 +1,47 @@
+"""Every environment variable that watches the compiler at work, in one place and validated.
+
+| variable | legal values | effect |
+|---|---|---|
+| ``SIFT_DUMP`` | a folder, made if missing | every pass leaves its graph there as a numbered text file |
+| ``SIFT_LOG`` | debug, info, warning, error | log lines of this package from that level on go to standard error |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sift_compiler.errors import UserError, unknown_name
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for.
+
+    Attributes:
+        dump: folder of numbered dumps, or None for no dumps.
+        log: level as the logging module names it (``"INFO"``), or None to leave logging to the host program.
+    """
+
+    dump: Path | None = None
+    log: str | None = None
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
+    """Read and check the variables; an empty one counts as unset.
+
+    Raises:
+        UserError: an illegal value.
+    """
+    variables = os.environ if environment is None else environment
+    folder, level = variables.get("SIFT_DUMP", ""), variables.get("SIFT_LOG", "").lower()
+    if level and level not in LOG_LEVELS:
+        raise unknown_name("log level in the environment variable SIFT_LOG", level, LOG_LEVELS)
+    path = Path(folder).expanduser() if folder else None
+    if path is not None and path.exists() and not path.is_dir():
+        raise UserError(f"The environment variable SIFT_DUMP names {path}, which is a file; it must name a folder.")
+    return Settings(path, level.upper() or None)
