@@ -25,6 +25,10 @@ def _refuse(owner: object, field: str, expected: str) -> UserError:
     )
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SparseWide:
     """Widen every hidden layer by (1 - sparsity)^(-1/2) and sparsify it, at equal FLOPs (Sparse-IFT, Sec. 3.2.1)."""
@@ -61,6 +65,10 @@ class MaskMethod:
     seed: int = 0
     """Seed of every random choice of the method."""
 
+    def __post_init__(self) -> None:
+        if not _whole(self.seed):
+            raise _refuse(self, "seed", "a whole number")
+
     @property
     def name(self) -> str:
         """The method's name in the literature."""
@@ -79,16 +87,25 @@ class _Dynamic(MaskMethod):
     drop_fraction: float = 0.3
     """Share of a layer's active weights replaced at the first update, in [0, 1]."""
     begin_step: int = 0
-    """First optimizer step at which a mask may move."""
-    end_step: int
-    """Masks rest from this optimizer step on; the papers use 75 % of training."""
+    """First optimizer step at which masks move. Steps are counted from 0, so with 0 they move on the very first gradient."""
+    end_step: int = -1
+    """Masks rest from this optimizer step on; it must be given. The papers use 75 % of training."""
     decay: Decay = "cosine"
-    """How the drop fraction falls between begin and end."""
+    """How the drop fraction falls: ``"cosine"`` to 0 at ``end_step`` (α/2 · (1 + cos(π t / end_step))), or not at all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.end_step == -1:
+            raise UserError(
+                f"{self.name} needs end_step, the optimizer step from which on masks rest. The papers use 75 % of "
+                f"training: {self.name}(end_step=int(0.75 * epochs * len(loader)))."
+            )
+        for field in ("delta_t", "begin_step", "end_step"):
+            if not _whole(getattr(self, field)):
+                raise _refuse(self, field, "a whole number")
         if self.delta_t < 1:
             raise _refuse(self, "delta_t", "at least 1")
-        if not 0 <= self.drop_fraction <= 1:
+        if not isinstance(self.drop_fraction, int | float) or not 0 <= self.drop_fraction <= 1:
             raise _refuse(self, "drop_fraction", "between 0 and 1")
         if self.begin_step < 0:
             raise _refuse(self, "begin_step", "at least 0")

@@ -1,1 +1,1 @@
-"""Sparse-training mathematics on tensors: when, how much, which, what follows."""
+"""Masks that move: when they do, how many weights, which ones, and what follows. Tensors and optimizers only."""

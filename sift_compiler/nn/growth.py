@@ -25,6 +25,8 @@ class GrowthProbe:
 
     def __init__(self) -> None:
         self.handle = next(_handles)
+        self.claimed = False
+        """Whether a mask scheduler listens; two on one probe would take each other's gradients."""
         self._armed = False
         self._gradient: Tensor | None = None
         _probes[self.handle] = self
@@ -43,8 +45,14 @@ class GrowthProbe:
         self._armed, self._gradient = False, None
 
     def add(self, gradient: Tensor) -> None:
-        """Leave the dense gradient of one backward pass; those of several (gradient accumulation, a layer called twice) add up."""
-        self._gradient = gradient if self._gradient is None else self._gradient + gradient
+        """Leave the dense gradient of one backward pass; those of several (gradient accumulation, a layer called twice) add up.
+
+        A sum that is not finite is given up: a gradient scaler skips the optimizer step that overflowed, and what comes next is a new sum.
+        """
+        if self._gradient is None or not bool(self._gradient.isfinite().all()):
+            self._gradient = gradient
+        else:
+            self._gradient = self._gradient + gradient
 
     def take(self) -> Tensor | None:
         """The sum of what was left since arming, of the dense weight's shape; None if no backward pass reached the layer. Disarms."""

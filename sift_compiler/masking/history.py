@@ -1,0 +1,67 @@
+"""Records of mask updates, as frozen data that can be written to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerUpdate:
+    """What a mask update did to one layer."""
+
+    name: str
+    """Module path."""
+    active: int
+    """Kept weights, the same before and after."""
+    dropped: int
+    grown: int
+    regrown: int
+    """Weights that were dropped and grown again at once; they are counted in both."""
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union of the masks before and after, in [0, 1]."""
+        moved = self.dropped - self.regrown
+        union = self.active + moved
+        return (self.active - moved) / union if union else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskUpdate:
+    """One mask update."""
+
+    step: int
+    """The optimizer step it belongs to, counted from 0."""
+    drop_fraction: float
+    layers: tuple[LayerUpdate, ...]
+    milliseconds: float
+    """Time the update took, without bringing compiled kernels up to date."""
+
+    @property
+    def dropped(self) -> int:
+        """Weights dropped in all layers."""
+        return sum(layer.dropped for layer in self.layers)
+
+    @property
+    def grown(self) -> int:
+        """Weights grown in all layers."""
+        return sum(layer.grown for layer in self.layers)
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union of all masks before and after, in [0, 1]."""
+        moved = sum(layer.dropped - layer.regrown for layer in self.layers)
+        active = sum(layer.active for layer in self.layers)
+        return (active - moved) / (active + moved) if active + moved else 1.0
+
+    def to_plain(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dictionaries only."""
+        return dataclasses.asdict(self) | {"layers": [dataclasses.asdict(layer) for layer in self.layers]}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> MaskUpdate:
+        """The inverse of :meth:`to_plain`; TypeError or KeyError if it is not one."""
+        return cls(**{**plain, "layers": tuple(LayerUpdate(**layer) for layer in plain["layers"])})
