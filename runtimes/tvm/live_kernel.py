@@ -1,0 +1,158 @@
+"""TvmKernel: one sparse layer as live machine code that follows its mask."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from sift_compiler.errors import UserError
+from sift_compiler.lowering.choose import choose
+from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.plan import LayerPlan
+from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.runtimes.base import Specialisations
+from sift_compiler.runtimes.recompile import MaskWatch
+from sift_compiler.runtimes.tvm.part import Part
+from sift_compiler.runtimes.tvm.workspace import scratch
+
+_log = logging.getLogger(__name__)
+
+
+class TvmKernel:
+    """A live kernel (see runtimes.base.LiveKernel): any batch size, any mask of ``spec.nnz`` entries.
+
+    Args:
+        spec: the layer.
+        name: its module path, for messages.
+        threads: workers of the kernels.
+        cpu: the processor to compile for.
+    """
+
+    def __init__(self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts) -> None:
+        self.spec, self.name, self.threads, self.cpu = spec, name, threads, cpu
+        self.specialisations = Specialisations()
+        self._watch = MaskWatch()
+        self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[Part, ...]]] = {}
+        self._no_bias = torch.zeros(spec.out_channels)
+
+    def plan(self, input_shape: tuple[int, ...]) -> LayerPlan:
+        """How an input of ``input_shape`` would be computed; nothing is compiled."""
+        self._check(input_shape)
+        known = self._shapes.get(tuple(input_shape))
+        if known is not None:
+            return known[0]
+        parts = choose(self.spec, self._flat(input_shape), self.cpu)
+        return LayerPlan(name=self.name, spec=self.spec, input_shape=tuple(input_shape), runtime="tvm", parts=parts)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+        """x [N, C, H, W] or [..., in] → [N, M, H', W'] or [..., out], contiguous float32."""
+        if self._watch.moved(index):
+            self._follow(index)
+        shape = tuple(x.shape)
+        prepared = self._shapes.get(shape)
+        if prepared is None:
+            prepared = self._prepare(shape, index)
+        x, values = x.detach().contiguous(), values.detach().contiguous()
+        bias = self._no_bias if bias is None else bias.detach().contiguous()
+        y = torch.empty(self._output_shape(shape))
+        if y.numel():
+            self._run(prepared[1], x, values, bias, y)
+        self.specialisations.calls += 1
+        return y
+
+    # --- one call ---------------------------------------------------------------------------------------------------
+
+    def _run(self, parts: tuple[Part, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor) -> None:
+        linear = self.spec.kind == "linear"
+        source = x.view(-1, x.shape[-1]) if linear else x
+        target = y.view(-1, y.shape[-1]) if linear else y
+        if self.spec.nnz == 0 or self.spec.in_channels == 0:
+            target.copy_(bias if linear else bias.view(1, -1, 1, 1))
+            return
+        for part in parts:
+            first, last = part.choice.first, part.choice.first + part.choice.count
+            inside = min(last, source.shape[0])
+            if last == inside:
+                whole = part.choice.count == source.shape[0]
+                part.run(source if whole else source[first:last], values, bias, target if whole else target[first:last])
+            else:
+                self._run_padded(part, source[first:inside], values, bias, target[first:inside])
+
+    def _run_padded(self, part: Part, x: Tensor, values: Tensor, bias: Tensor, y: Tensor) -> None:
+        """Fewer images (tokens) than a vector has lanes: the lanes that are left over compute what nobody reads."""
+        count, real = part.choice.count, x.shape[0]
+        source = scratch("padded_x", count * x[0].numel())[: count * x[0].numel()].view(count, *x.shape[1:])
+        target = scratch("padded_y", count * y[0].numel())[: count * y[0].numel()].view(count, *y.shape[1:])
+        source[:real].copy_(x)
+        source[real:].zero_()
+        part.run(source, values, bias, target)
+        y.copy_(target[:real])
+
+    # --- getting ready ----------------------------------------------------------------------------------------------
+
+    def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[LayerPlan, tuple[Part, ...]]:
+        plan = self.plan(shape)
+        size = (shape[2], shape[3]) if self.spec.kind == "conv2d" else (1, 1)
+        begin = time.perf_counter()
+        parts = tuple(Part(self.spec, part, size, self.cpu, self.threads) for part in plan.parts)
+        self.specialisations.builds += len(parts)
+        self.specialisations.build_ms += 1e3 * (time.perf_counter() - begin)
+        host = index.numpy()
+        for part in parts:
+            part.repack(host)
+        _log.info("%s: %s for %s (%s)", self.name, " + ".join(str(p.tile) for p in plan.parts), shape, plan.reason)
+        self._shapes[shape] = (plan, parts)
+        return self._shapes[shape]
+
+    def _follow(self, index: Tensor) -> None:
+        """The mask has moved: pack its programs anew for every shape seen; no code is compiled."""
+        if index.numel() != self.spec.nnz:
+            raise UserError(
+                f"{self.name}: the kernel was built for {self.spec.nnz} kept weights, the index has {index.numel()}."
+            )
+        parts = [part for _, parts in self._shapes.values() for part in parts]
+        if parts:
+            begin = time.perf_counter()
+            for part in parts:
+                part.repack(index.numpy())
+            spent = 1e3 * (time.perf_counter() - begin)
+            counters = self.specialisations
+            counters.repacks, counters.repack_ms, counters.last_repack_ms = (
+                counters.repacks + 1,
+                counters.repack_ms + spent,
+                spent,
+            )
+            _log.info("%s: mask moved, programs repacked in %.1f ms", self.name, spent)
+        self._watch.seen(index)
+
+    # --- shapes -----------------------------------------------------------------------------------------------------
+
+    def _flat(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if self.spec.kind == "conv2d" else (math.prod(shape[:-1]), shape[-1])
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        spec = self.spec
+        if spec.kind == "linear":
+            if not shape or shape[-1] != spec.in_channels:
+                raise UserError(
+                    f"{self.name}: expected an input of shape [..., {spec.in_channels}], got {list(shape)}."
+                )
+        elif len(shape) != 4 or shape[1] != spec.in_channels:
+            raise UserError(
+                f"{self.name}: expected an input of shape [N, {spec.in_channels}, H, W], got {list(shape)}."
+            )
+        elif min(spec.output_size(shape[2], shape[3])) < 1:
+            raise UserError(
+                f"{self.name}: an input of {shape[2]} × {shape[3]} leaves no output for a kernel of {spec.kernel_size}, "
+                f"padding {spec.padding}, dilation {spec.dilation}. Give a larger input."
+            )
+
+    def _output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.spec.kind == "linear":
+            return (*shape[:-1], self.spec.out_channels)
+        return (shape[0], self.spec.out_channels, *self.spec.output_size(shape[2], shape[3]))

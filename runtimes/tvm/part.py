@@ -1,0 +1,248 @@
+"""Part: one tile choice of a layer for one input shape, prepared so that a call only passes pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.packing import Packing, packing
+from sift_compiler.lowering.plan import Choice
+from sift_compiler.lowering.program import Program, pack
+from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.runtimes.tvm import kernels
+from sift_compiler.runtimes.tvm.build import compiled
+from sift_compiler.runtimes.tvm.workspace import scratch
+
+_PACKED_BYTES = 64 * 1024 * 1024
+"""Packed input held at once, unless one group of images needs more: it should stay in the last-level cache."""
+_INDEX_LIMIT = 2**31 - 1
+
+Code = tuple[Callable[..., Any], dict[str, Any]]
+"""A generator of TIR and the constants it is given."""
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What depends on the input's shape only: where packed positions come from, where tiles go."""
+
+    sources: Tensor
+    runs: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """The program of the present mask, as tensors."""
+
+    offsets: Tensor
+    column_start: Tensor
+    value_start: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, program: Program) -> _Mask:
+        # One spare entry: TVM refuses the null pointer of an empty tensor.
+        return cls(
+            *(
+                torch.from_numpy(np.append(a, np.int32(0)))
+                for a in (program.offsets, program.column_start, program.value_start, program.order)
+            )
+        )
+
+
+def _none() -> Tensor:
+    return torch.zeros(1, dtype=torch.int32)
+
+
+def _stretches(layout: Packing, step: int, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cut every output row of every image at tile borders (each ``step`` positions).
+
+    Returns:
+        Per tile the first of its stretches [tiles + 1]; per stretch the position in the tile, the position in the output
+        (image · channels · height · width + row · width + column) and the length.
+    """
+    height, width = layout.output
+    image, row = (a.ravel() for a in np.meshgrid(np.arange(layout.images), np.arange(height), indexing="ij"))
+    begin = (image * layout.rows + row) * layout.pitch
+    first, last = begin // step, (begin + width - 1) // step
+    pieces = last - first + 1
+    which = np.repeat(np.arange(begin.size), pieces)
+    tile = first[which] + np.arange(which.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    start = np.maximum(begin[which], tile * step)
+    length = np.minimum(begin[which] + width, (tile + 1) * step) - start
+    target = image[which] * channels * height * width + row[which] * width + start - begin[which]
+    starts = np.concatenate(([0], np.cumsum(np.bincount(tile, minlength=layout.tiles[1]))))
+    return tuple(torch.from_numpy(a.astype(np.int32)) for a in (starts, start - tile * step, target, length))  # type: ignore[return-value]
+
+
+class Part:
+    """One tile choice, ready to run on ``choice.count`` images or tokens.
+
+    Args:
+        spec: the layer.
+        choice: the tile and how many images (tokens) there are.
+        size: height and width of the input; (1, 1) for a linear layer.
+        cpu: the processor.
+        threads: workers; with 1 no thread pool is touched.
+    """
+
+    def __init__(self, spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int) -> None:
+        self.spec, self.choice, self.threads, self._cpu = spec, choice, threads, cpu
+        self._mask: _Mask | None = None
+        tile = choice.tile
+        self._groups = -(-spec.out_channels // tile.rows)
+        self._blocks = -(-spec.in_channels // tile.channels)
+        self._layout = packing(spec, choice.count, size, tile)
+        self._kernel, self._gather = self._compile()
+        self._items = self._items_at_once()
+        if spec.kind == "linear":
+            self._tables = _Tables(_none(), (_none(),) * 4)
+        else:
+            sources = torch.from_numpy(self._layout.sources(spec))
+            space = tile.lanes == "space"
+            runs = _stretches(self._layout, tile.width * tile.vector, spec.out_channels) if space else (_none(),) * 4
+            self._tables = _Tables(sources, runs)
+
+    # --- the mask -------------------------------------------------------------------------------------------------
+
+    def repack(self, index: np.ndarray[Any, np.dtype[np.int32]]) -> Program:
+        """Follow the mask ``index``: int32 [nnz]."""
+        tile, layout = self.choice.tile, self._layout
+        linear = self.spec.kind == "linear"
+        offsets = np.zeros(1, np.int32) if linear else layout.offsets
+        channel = tile.width * tile.vector if linear else layout.channel
+        program = pack(index, self.spec, tile.rows, tile.channels, offsets, channel)
+        self._mask = _Mask.of(program)
+        return program
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    def run(self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor) -> None:
+        """Compute ``y`` from contiguous float32 ``x``: [count, C, H, W] → [count, M, H', W'], or [count, in] → [count, out]."""
+        mask = self._mask
+        assert mask is not None, "a part is packed before it runs"
+        packed_values = scratch("values", self.spec.nnz)
+        self._gather(values, mask.order, packed_values, self._workers(self.spec.nnz // 65536), self.spec.nnz)
+        window, sums = self._tile_scratch()
+        items = self._items
+        for first in range(0, x.shape[0], items):
+            whole = items >= x.shape[0]
+            source, target = (x, y) if whole else (x[first : first + items], y[first : first + items])
+            packed, sizes, tiles = self._pack(source)
+            self._kernel(
+                packed, mask.offsets, mask.column_start, mask.value_start, packed_values, bias, *self._tables.runs,
+                target.view(-1), window, sums, self._workers(tiles), tiles, *sizes,
+            )  # fmt: skip
+
+    def _workers(self, pieces: int) -> int:
+        return max(1, min(self.threads, pieces))
+
+    def _tile_scratch(self) -> tuple[Tensor, Tensor]:
+        tile, layout = self.choice.tile, self._layout
+        window = tile.channels * (tile.width * tile.vector if self.spec.kind == "linear" else layout.channel)
+        sums = self._groups * tile.accumulators * tile.vector
+        return scratch("window", self.threads * window), scratch("sums", self.threads * sums)
+
+    def _pack(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+        """The packed input, the kernel's integers after ``tiles``, and the number of tiles."""
+        if self.spec.kind == "linear":
+            return self._pack_tokens(x)
+        return self._pack_images(x) if self.choice.tile.lanes == "batch" else self._pack_space(x)
+
+    def _pack_tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+        tile, spec = self.choice.tile, self.spec
+        tokens, features = x.shape[0], spec.in_channels
+        step = tile.width * tile.vector
+        tiles = -(-tokens // step)
+        sizes = (tiles, tiles, step, 0, tokens - step, 0, features, 0)
+        window = (self._blocks, features, tile.channels, features, 0, 1, tile.width)
+        return x.view(-1), (*sizes, *window, self._groups, spec.out_channels, 1, 1), tiles
+
+    def _pack_images(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+        tile, spec, layout = self.choice.tile, self.spec, self._layout
+        groups = x.shape[0] // tile.vector
+        positions = len(layout.phases) * layout.plane
+        group_step = spec.in_channels * positions * tile.vector
+        packed = scratch("packed", groups * group_step)
+        area = layout.size[0] * layout.size[1]
+        channels = spec.in_channels
+        pieces = groups * channels
+        self._pack_kernel(
+            x.view(-1), self._tables.sources, packed, self._workers(pieces), groups, channels, area, positions
+        )
+        (down, across), (height, width) = layout.tiles, layout.output
+        sizes = (
+            down * across, across, tile.width, height - tile.height, width - tile.width,
+            layout.pitch * tile.vector, tile.vector, group_step,
+        )  # fmt: skip
+        return (
+            packed,
+            (*sizes, *self._window(layout.pitch * tile.vector), height * width, width),
+            groups * down * across,
+        )
+
+    def _pack_space(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+        tile, spec, layout = self.choice.tile, self.spec, self._layout
+        positions = len(layout.phases) * layout.plane
+        packed = scratch("packed", spec.in_channels * positions)
+        area = layout.size[0] * layout.size[1]
+        self._pack_kernel(
+            x.view(-1), self._tables.sources, packed, self._workers(spec.in_channels), spec.in_channels, area, positions
+        )
+        tiles = layout.tiles[1]
+        sizes = (tiles, tiles, tile.width, 0, (tiles - 1) * tile.width, 0, tile.vector, 0)
+        area = layout.output[0] * layout.output[1]
+        return packed, (*sizes, *self._window(0), area, layout.output[1]), tiles
+
+    def _window(self, stretch_step: int) -> tuple[int, ...]:
+        """The kernel's integers from ``blocks`` to ``M``."""
+        tile, spec, layout = self.choice.tile, self.spec, self._layout
+        phases = len(layout.phases)
+        return (
+            self._blocks, spec.in_channels * phases, tile.channels * phases, layout.plane * layout.unit, stretch_step,
+            layout.window_rows, layout.window // tile.vector, self._groups, spec.out_channels,
+        )  # fmt: skip
+
+    # --- preparing ------------------------------------------------------------------------------------------------
+
+    def code(self) -> tuple[Code | None, Code]:
+        """What is compiled: the packing of the input (None for tokens, which need none) and the sparse kernel."""
+        tile, layout, parallel = self.choice.tile, self._layout, self.threads > 1
+        output = "tokens" if self.spec.kind == "linear" else "images" if tile.lanes == "batch" else "stretches"
+        packing_code: Code | None = None
+        if output == "images":
+            packing_code = (kernels.pack_images, {"lanes": tile.vector, "parallel": parallel})
+        elif output == "stretches":
+            packing_code = (kernels.pack_space, {"parallel": parallel})
+        constants = {
+            "lanes": tile.vector, "rows": tile.rows, "height": tile.height, "width": tile.width,
+            "pitch": layout.window if tile.height > 1 else 0, "output": output, "parallel": parallel,
+        }  # fmt: skip
+        return packing_code, (kernels.sparse_tile, constants)
+
+    def _compile(self) -> tuple[Any, Any]:
+        packing_code, (generator, constants) = self.code()
+        self._pack_kernel: Callable[..., Any] = lambda *_: None
+        if packing_code is not None:
+            self._pack_kernel = compiled(packing_code[0], self._cpu.name, **packing_code[1])
+        kernel = compiled(generator, self._cpu.name, **constants)
+        return kernel, compiled(kernels.gather, self._cpu.name, parallel=self.threads > 1)
+
+    def _items_at_once(self) -> int:
+        """Images (tokens) per kernel call: enough work for all workers, within the packed budget and 32-bit indices."""
+        spec, layout, tile = self.spec, self._layout, self.choice.tile
+        into = spec.in_channels * layout.size[0] * layout.size[1]
+        out = spec.out_channels * layout.output[0] * layout.output[1]
+        fits = _INDEX_LIMIT // max(into, out, spec.in_channels * len(layout.phases) * layout.rows * layout.pitch)
+        if spec.kind == "linear":
+            return max(fits // (tile.width * tile.vector), 1) * tile.width * tile.vector
+        if tile.lanes == "space":
+            return self.choice.count
+        group = spec.in_channels * len(layout.phases) * layout.plane * tile.vector * 4
+        groups = max(_PACKED_BYTES // group, -(-4 * self.threads // (layout.tiles[0] * layout.tiles[1])), 1)
+        return max(1, min(groups, fits // tile.vector)) * tile.vector

@@ -1,0 +1,94 @@
+"""This machine, as TVM's LLVM sees it, and TVM's thread pool."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from sift_compiler.lowering.cpu import CpuFacts
+
+_log = logging.getLogger(__name__)
+_pool_lock = threading.Lock()
+_pool_threads = 0
+
+
+def _cache_bytes(level: int, otherwise: int) -> int:
+    """Size of one core's data cache of a level, read from sysfs where there is one."""
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            kind = (folder / "type").read_text().strip()
+            if kind != "Instruction" and int((folder / "level").read_text()) == level:
+                size = (folder / "size").read_text().strip()
+                return int(size[:-1]) * 1024 if size.endswith("K") else int(size)
+        except (OSError, ValueError):
+            continue
+    return otherwise
+
+
+@functools.cache
+def host_cpu() -> CpuFacts:
+    """The processor of this machine."""
+    import tvm
+
+    name = str(tvm.get_global_func("target.llvm_get_system_cpu")())
+    return cpu_facts(name)
+
+
+@functools.cache
+def cpu_facts(name: str) -> CpuFacts:
+    """What LLVM knows about the processor it calls ``name``."""
+    import tvm
+
+    target = llvm_target(name)
+    has = tvm.get_global_func("target.target_has_feature")
+
+    def feature(flag: str) -> bool:
+        return bool(has(flag, target))
+
+    x86 = feature("sse2")
+    if feature("avx512f"):
+        lanes, registers = 16, 32
+    elif feature("avx2") and feature("fma"):
+        lanes, registers = 8, 16
+    else:
+        lanes, registers = 4, 16 if x86 else 32
+    caches = _cache_bytes(1, 32 * 1024), _cache_bytes(2, 1024 * 1024)
+    return CpuFacts(name=name, lanes=lanes, registers=registers, l1_bytes=caches[0], l2_bytes=caches[1])
+
+
+@functools.cache
+def llvm_target(cpu: str) -> Any:
+    """TVM's target for a processor."""
+    import tvm
+
+    return tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": os.cpu_count() or 1})
+
+
+def ensure_pool(threads: int) -> None:
+    """Make sure that TVM's pool has at least ``threads`` workers, without pinning any thread.
+
+    TVM starts its pool at the first parallel call and then binds its workers *and the calling thread* to cores, unless
+    TVM_BIND_THREADS says 0; a pinned main thread would slow everything else in a torch process, so it is set unless the
+    user has set it.
+    """
+    global _pool_threads
+    with _pool_lock:
+        if threads <= _pool_threads:
+            return
+        import tvm
+
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
+        first = _pool_threads == 0
+        if first:
+            os.environ.setdefault("TVM_NUM_THREADS", str(threads))
+        available = int(tvm.get_global_func("runtime.NumThreads")())
+        if available < threads:
+            tvm.get_global_func("runtime.config_threadpool")(0, threads)
+            available = int(tvm.get_global_func("runtime.NumThreads")())
+        if available < threads:
+            _log.warning("TVM's pool has %d threads, %d were asked for (TVM_NUM_THREADS).", available, threads)
+        _pool_threads = threads

@@ -1,0 +1,20 @@
+"""Scratch memory shared by all kernels of a thread: what one layer leaves there, the next may overwrite."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+_local = threading.local()
+
+
+def scratch(purpose: str, size: int) -> Tensor:
+    """A float32 tensor of at least ``size`` numbers, 64-byte aligned, with anything in it; the same memory at every call of a thread."""
+    buffers: dict[str, Tensor] = _local.__dict__.setdefault("buffers", {})
+    buffer = buffers.get(purpose)
+    if buffer is None or buffer.numel() < size:
+        buffer = torch.zeros(max(size, 16), dtype=torch.float32)
+        buffers[purpose] = buffer
+    return buffer

@@ -1,0 +1,58 @@
+"""LayerPlan and KernelPlan: what lowering decided, with its reasons, as frozen data that a runtime and a reader both understand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.lowering.tile import Tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A tile, the part of the batch it computes, and why it was taken."""
+
+    tile: Tile
+    first: int
+    """First image (token) it computes."""
+    count: int
+    """Images (tokens) it computes; parts may overlap by computing some twice."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """How one layer runs for one input shape."""
+
+    name: str
+    """The layer's module path."""
+    spec: LayerSpec
+    input_shape: tuple[int, ...]
+    runtime: str
+    parts: tuple[Choice, ...]
+    """Usually one; two where a batch is not a multiple of the vector."""
+    microseconds: float | None = None
+    """Measured time of a call, if it was measured."""
+
+    @property
+    def tile(self) -> Tile:
+        """The tile of the largest part."""
+        return max(self.parts, key=lambda part: part.count).tile
+
+    @property
+    def reason(self) -> str:
+        """Why these tiles."""
+        return "; ".join(part.reason for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelPlan:
+    """The plans of a graph's sparse layers, in the order they run."""
+
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def microseconds(self) -> float | None:
+        """Sum of the measured times, None unless every layer was measured."""
+        times = [layer.microseconds for layer in self.layers]
+        return None if None in times else sum(time for time in times if time is not None)
