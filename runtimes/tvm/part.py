@@ -225,6 +225,16 @@ class Part:
         }  # fmt: skip
         return packing_code, (kernels.sparse_tile, constants)
 
+    packed_values_position = 4
+    """Where the packed values stand among the sparse kernel's tensors; they are copied from the layer's values at each run."""
+
+    def record(self, pack_kernel: Callable[..., Any] | None, kernel: Callable[..., Any]) -> None:
+        """Hand the kernel calls of later runs to these instead of running them; values are not gathered any more."""
+        if pack_kernel is not None:
+            self._pack_kernel = pack_kernel
+        self._kernel = kernel
+        self._gather = lambda *_: None
+
     def _compile(self) -> tuple[Any, Any]:
         packing_code, (generator, constants) = self.code()
         self._pack_kernel: Callable[..., Any] = lambda *_: None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,3 +20,14 @@ def scratch(purpose: str, size: int) -> Tensor:
         buffer = torch.zeros(max(size, 16), dtype=torch.float32)
         buffers[purpose] = buffer
     return buffer
+
+
+@contextlib.contextmanager
+def exact_scratch() -> Iterator[None]:
+    """Inside, scratch tensors are fresh and as small as was asked for (at least 16 numbers); what there was comes back afterwards."""
+    before = _local.__dict__.get("buffers", {})
+    _local.__dict__["buffers"] = {}
+    try:
+        yield
+    finally:
+        _local.__dict__["buffers"] = before

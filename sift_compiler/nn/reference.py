@@ -49,7 +49,7 @@ def conv2d_weight_gradient(
 
 def linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
     """[..., in] → [..., out]."""
-    return F.linear(x, densify(values, index, shape), bias)
+    return F.linear(x, densify(values, index, shape), bias).contiguous()
 
 
 def linear_input_gradient(gradient: Tensor, values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
