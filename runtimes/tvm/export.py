@@ -52,6 +52,11 @@ def export_tvm(
     """
     if target not in (None, HOST):
         raise UserError(f"Unknown target {target!r} of the tvm runtime. Known: {HOST} (this machine's CPU).")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(
+            f"Cannot write {path}: its folder {path.parent} does not exist. Make it, or choose another path."
+        )
     program = torch.export.export(module, tuple(example_inputs), strict=False)
     cpu = host_cpu()
     relax_module = _to_relax(program, cpu.name)
@@ -61,7 +66,7 @@ def export_tvm(
         executable = tvm.compile(relax_module, target=llvm_target(cpu.name))
     except Exception as error:
         raise RuntimeBuildError(f"TVM could not compile the model for {cpu.name}: {_first_line(error)}.") from error
-    return _write(executable, Path(path))
+    return _write(executable, path)
 
 
 def _to_relax(program: torch.export.ExportedProgram, cpu: str) -> Any:
@@ -116,7 +121,8 @@ def _frozen_tensors(program: torch.export.ExportedProgram) -> Mapping[str, Tenso
 
 def _frozen_layer(sparse: SparseNode, tensors: Mapping[str, Tensor]) -> FrozenLayer:
     values, index, bias = sparse.node.args[1:4]
-    assert isinstance(values, fx.Node) and isinstance(index, fx.Node)
+    assert isinstance(values, fx.Node)
+    assert isinstance(index, fx.Node)
     return FrozenLayer(
         name=sparse.name, spec=sparse.spec, values=tensors[values.name], index=tensors[index.name],
         bias=tensors[bias.name] if isinstance(bias, fx.Node) else None,
@@ -124,10 +130,6 @@ def _frozen_layer(sparse: SparseNode, tensors: Mapping[str, Tensor]) -> FrozenLa
 
 
 def _write(executable: Any, path: Path) -> Path:
-    if not path.parent.is_dir():
-        raise UserError(
-            f"Cannot write {path}: its folder {path.parent} does not exist. Make it, or choose another path."
-        )
     try:
         handle, temporary = tempfile.mkstemp(suffix=".so", prefix=f".{path.stem}-", dir=path.parent)
     except OSError as error:

@@ -94,6 +94,7 @@ class Part:
     def __init__(self, spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int) -> None:
         self.spec, self.choice, self.threads, self._cpu = spec, choice, threads, cpu
         self._mask: _Mask | None = None
+        self._pack_kernel: Callable[..., Any]
         tile = choice.tile
         self._groups = -(-spec.out_channels // tile.rows)
         self._blocks = -(-spec.in_channels // tile.channels)
@@ -237,7 +238,7 @@ class Part:
 
     def _compile(self) -> tuple[Any, Any]:
         packing_code, (generator, constants) = self.code()
-        self._pack_kernel: Callable[..., Any] = lambda *_: None
+        self._pack_kernel = lambda *_: None
         if packing_code is not None:
             self._pack_kernel = compiled(packing_code[0], self._cpu.name, **packing_code[1])
         kernel = compiled(generator, self._cpu.name, **constants)
