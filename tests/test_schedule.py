@@ -30,10 +30,11 @@ def batch(step, size=4, dtype=torch.float32):
 
 
 def train(model, optimizer, steps, call=None):
+    call = model if call is None else call
     for step in steps:
         x, y = batch(step)
         optimizer.zero_grad()
-        nn.functional.cross_entropy((call or model)(x), y).backward()
+        nn.functional.cross_entropy(call(x), y).backward()
         optimizer.step()
 
 
