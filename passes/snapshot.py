@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 
@@ -15,7 +14,7 @@ class Snapshot:
     """Remembers a graph module's nodes, metadata and module tree; tensors are remembered by identity, not by content."""
 
     def __init__(self, graph_module: GraphModule) -> None:
-        self._graph = copy.deepcopy(graph_module.graph)
+        self._graph = copied(graph_module.graph)
         self._text = str(graph_module.graph)
         self._meta = dict(graph_module.meta)
         self._tables = [(module, _tables(module)) for module in graph_module.modules()]
@@ -38,6 +37,17 @@ class Snapshot:
         same_tree = len(now) == len(modules) and all(a is b for a, b in zip(now, modules, strict=True))
         same_tables = same_tree and all(_same(_tables(module), tables) for module, tables in self._tables)
         return same_tables and str(graph_module.graph) == self._text
+
+
+def copied(graph: Graph) -> Graph:
+    """A graph with new nodes and the same calling convention."""
+    new, nodes = Graph(), dict[Node, Node]()
+    result = new.graph_copy(graph, nodes)
+    output = new.output(result)
+    old = next(iter(reversed(graph.nodes)))
+    output.meta = dict(old.meta)
+    new.set_codegen(graph._codegen)
+    return new
 
 
 def _tables(module: nn.Module) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ from sift_compiler.ir.modes import training_mode
 from sift_compiler.passes.manager import run_passes
 from sift_compiler.passes.raise_modules import RaiseModules
 from sift_compiler.passes.remove_mutation import RemoveMutation
+from sift_compiler.passes.snapshot import copied
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +115,9 @@ def _report_fixed_batch(exported: ExportedProgram) -> None:
     names = set(exported.graph_signature.user_inputs)
     for node in exported.graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor) and value.dim():
-            if isinstance(value.shape[0], int):
-                logger.warning("The model fixes the first dimension of its input %r at %d.", node.name, value.shape[0])
+        given = node.op == "placeholder" and node.name in names and isinstance(value, Tensor) and value.dim() > 0
+        if given and isinstance(value.shape[0], int):
+            logger.warning("The model fixes the first dimension of its input %r at %d.", node.name, value.shape[0])
 
 
 def _explained(model: nn.Module, inputs: Inputs, error: Exception) -> Exception:
@@ -155,7 +156,7 @@ def _owned_copy(exported: fx.GraphModule) -> fx.GraphModule:
     root._non_persistent_buffers_set = set(exported._non_persistent_buffers_set)
     for name, value in constants.items():
         root.register_buffer(name, value, persistent=False)
-    graph = copy.deepcopy(exported.graph)
+    graph = copied(exported.graph)
     for node in list(graph.nodes):
         node.meta.pop("from_node", None)
         if node.op == "call_module" and node.target == "_guards_fn":
@@ -174,9 +175,11 @@ def _simplify_signature(graph: fx.Graph) -> None:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     (flat,) = next(node for node in graph.nodes if node.op == "output").args
     probe = tuple(object() for _ in placeholders)
-    if info.in_spec.num_leaves != len(probe) or pytree.tree_unflatten(probe, info.in_spec) != (probe, {}):
-        if pytree.tree_unflatten(probe, info.in_spec) != (list(probe), {}):
-            return
+    if info.in_spec.num_leaves != len(probe):
+        return
+    positional, keywords = pytree.tree_unflatten(probe, info.in_spec)
+    if tuple(positional) != probe or keywords:
+        return
     marks = list(range(len(flat)))
     result = pytree.tree_unflatten(marks, info.out_spec)
     output = next(node for node in graph.nodes if node.op == "output")

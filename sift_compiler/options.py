@@ -38,7 +38,9 @@ class SparseWide:
     round_to: int = 8
     """Widths are rounded to the nearest multiple of this, at least 1. With 1 widths are rounded down, as the released code of the paper does."""
     dense: tuple[str, ...] = ()
-    """Module paths (shell patterns such as ``"layer1.*"``) that stay dense, besides the first layer and the classifier."""
+    """Module paths (shell patterns such as ``"layer1.*"``) that stay dense, besides the first convolution and the classifier."""
+    pin: tuple[str, ...] = ()
+    """Module paths or node names (shell patterns) whose sizes, in and out, stay as they are; for operators without a width rule."""
     seed: int = 0
     """Seed of the random masks and of the new weights."""
     init: Initialisation = "paper"

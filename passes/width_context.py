@@ -1,0 +1,133 @@
+"""What a width rule works with: the widths of its arguments, and a way to tie, pin and note literals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from sift_compiler.ir.width import Literal, Width, fixed
+from sift_compiler.passes.operators import attribute, parameter_paths, place
+from sift_compiler.passes.width_solver import WidthSolver
+
+Widths = tuple[Width, ...]
+_PRIMES = (100003, 100019, 100043, 100049, 100057, 100069, 100103, 100109, 100129, 100151)
+
+
+class WidthContext:
+    """The state of one width inference over a graph module."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.graph_module = graph_module
+        self.solver = WidthSolver()
+        self.literals: list[Literal] = []
+        self.tensors: dict[str, Widths] = {}
+        self._paths = parameter_paths(graph_module)
+        self._of_tensor: dict[int, Widths] = {}
+        self._of_node: dict[Node, Any] = {}
+        self._stand_ins: dict[Any, int] = {}
+
+    # --- sizes ---------------------------------------------------------------------------------------------------------
+
+    def sizes(self, value: Tensor) -> tuple[Width, ...]:
+        """The dimensions of a fake tensor as fixed widths; a dynamic size gets a large prime of its own as stand-in."""
+        return tuple(self._fixed(size) for size in value.shape)
+
+    def _fixed(self, size: int | torch.SymInt) -> Width:
+        if isinstance(size, int):
+            return fixed(size)
+        expression: Any = size.node.expr
+        for symbol in sorted(expression.free_symbols, key=str):
+            self._stand_ins.setdefault(symbol, _PRIMES[len(self._stand_ins) % len(_PRIMES)])
+        number = int(expression.subs(self._stand_ins))
+        return fixed(number, dynamic=bool(expression.free_symbols))
+
+    def size(self, width: Width) -> int:
+        """The present size of a width."""
+        return self.solver.size(width)
+
+    def result(self, node: Node) -> tuple[Width, ...]:
+        """The dimensions of a node's value, all fixed: the answer of a rule for what cannot grow."""
+        value = node.meta["val"]
+        return self.sizes(value) if isinstance(value, Tensor) else ()
+
+    # --- widths --------------------------------------------------------------------------------------------------------
+
+    def of(self, node: Any) -> Any:
+        """Widths of a node's dimensions; a tuple of them for a node with several values; ``()`` for what is no tensor."""
+        if not isinstance(node, Node):
+            return ()
+        if node.op == "get_attr" and node not in self._of_node:
+            return self._of_attribute(node)
+        return self.resolved(self._of_node[node])
+
+    def _of_attribute(self, node: Node) -> Widths:
+        """Widths of a bare parameter or buffer; sizes of 1 are there to be stretched, whole numbers are positions."""
+        tensor = self.tensor(node)
+        if tensor is None:
+            return ()
+        floating = tensor.is_floating_point()
+        return self.parameter(
+            tensor, [position for position, size in enumerate(tensor.shape) if size == 1 or not floating]
+        )
+
+    def resolved(self, widths: Any) -> Any:
+        """The same widths in terms of free classes."""
+        if isinstance(widths, Width):
+            return self.solver.resolve(widths)
+        return tuple(self.resolved(each) for each in widths)
+
+    def record(self, node: Node, widths: Any) -> None:
+        """Note the widths of a node."""
+        self._of_node[node] = widths
+
+    def parameter(self, tensor: Tensor | None, fixed_dimensions: Sequence[int] = ()) -> Widths:
+        """Widths of a parameter's or buffer's dimensions; the first call decides which of them are fixed."""
+        if tensor is None:
+            return ()
+        if id(tensor) not in self._of_tensor:
+            names = self._paths.get(id(tensor), ["constant"])
+            self._of_tensor[id(tensor)] = tuple(
+                fixed(size) if position in fixed_dimensions else self.solver.fresh(size, f"{names[0]}[{position}]")
+                for position, size in enumerate(tensor.shape)
+            )
+            for name in names:
+                self.tensors[name] = self._of_tensor[id(tensor)]
+        return self.resolved(self._of_tensor[id(tensor)])  # type: ignore[no-any-return]
+
+    def tensor(self, node: Any) -> Tensor | None:
+        """The parameter or buffer behind a ``get_attr`` node."""
+        value = attribute(self.graph_module, node)
+        return value if isinstance(value, Tensor) else None
+
+    def fresh(self, size: int, origin: str) -> Width:
+        """A new class of present ``size``."""
+        return self.solver.fresh(size, origin)
+
+    def unify(self, left: Width, right: Width, node: Node) -> None:
+        """Make two widths the same, because of ``node``."""
+        self.solver.unify(left, right, place(node))
+
+    def unify_all(self, left: Sequence[Width], right: Sequence[Width], node: Node) -> None:
+        """Make widths the same pair by pair."""
+        for one, other in zip(left, right, strict=True):
+            self.unify(one, other, node)
+
+    def pin(self, widths: Any, reason: str) -> None:
+        """Keep sizes as they are."""
+        if isinstance(widths, Width):
+            self.solver.pin(widths, reason)
+        else:
+            for width in widths:
+                self.pin(width, reason)
+
+    def literal(self, node: Node, argument: str, position: int | None, width: Width) -> None:
+        """Note that a number of the node is a width and must follow it."""
+        self.literals.append(Literal(node.name, argument, position, width))
+
+
+Rule = Callable[[WidthContext, Node], Any]
+"""Ties the widths of a node's arguments and returns those of its value (a tuple of them for a node with several values)."""

@@ -1,0 +1,84 @@
+"""What the passes know about a graph, kept in ``graph_module.meta`` and ``node.meta`` as frozen data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+from sift_compiler.ir.width import WidthTable
+
+DECISIONS = "sift_decisions"
+"""``graph_module.meta``: LayerDecision by module path. ``node.meta`` of a layer's calls holds its own decision under it."""
+WIDTHS = "sift_widths"
+"""``graph_module.meta``: the WidthTable. ``node.meta``: the widths of the node's value."""
+BALANCE = "sift_balance"
+"""``graph_module.meta``: the Balance."""
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What becomes of one layer, and why.
+
+    Attributes:
+        path: module path.
+        kind: ``"conv2d"``, ``"linear"`` and the like.
+        sparse: whether the layer gets a mask.
+        reason: why, as a clause.
+        weight_shape: shape of its dense weight in the model given.
+        widened_shape: shape of its dense weight after widening; as ``weight_shape`` before.
+        kept: weights it keeps; None until FLOPs are balanced.
+    """
+
+    path: str
+    kind: str
+    sparse: bool
+    reason: str
+    weight_shape: tuple[int, ...]
+    widened_shape: tuple[int, ...]
+    kept: int | None = None
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The FLOPs of one forward pass of the example, and the sparsity that balances them.
+
+    Attributes:
+        dense_flops: F, of the model given.
+        kept_dense_flops: D, of everything that stays dense in the widened model.
+        sparsifiable_flops: S, of the layers that get a mask, at density 1.
+        sparsity: s* = 1 - (F - D) / S.
+    """
+
+    dense_flops: int
+    kept_dense_flops: int
+    sparsifiable_flops: int
+    sparsity: float
+
+
+def decisions(graph_module: GraphModule) -> Mapping[str, LayerDecision]:
+    """The decision on every layer by module path; empty before layers are selected."""
+    found: Mapping[str, LayerDecision] = graph_module.meta.get(DECISIONS, {})
+    return found
+
+
+def set_decisions(graph_module: GraphModule, made: Mapping[str, LayerDecision]) -> None:
+    """Replace all decisions, on the graph and on the nodes that call the layers."""
+    graph_module.meta[DECISIONS] = dict(made)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and node.target in made:
+            node.meta[DECISIONS] = made[node.target]
+
+
+def widths(graph_module: GraphModule) -> WidthTable | None:
+    """The solved widths, or None before they are inferred."""
+    table: Any = graph_module.meta.get(WIDTHS)
+    return table if isinstance(table, WidthTable) else None
+
+
+def balance(graph_module: GraphModule) -> Balance | None:
+    """The FLOP balance, or None before it is struck."""
+    struck: Any = graph_module.meta.get(BALANCE)
+    return struck if isinstance(struck, Balance) else None

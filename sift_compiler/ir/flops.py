@@ -1,0 +1,65 @@
+"""FLOPs of one forward pass, by ``torch.utils.flop_counter``: 2 per multiply-add of convolutions, linear layers and matrix products
+(those of attention included), of kept weights only. Norms, activations and additions do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sift_compiler.ir.shadow import device_of, fake_inputs, shadowed
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one forward pass.
+
+    Attributes:
+        total: of the whole module.
+        modules: of every submodule by path, less those of its own submodules; ``""`` is the module itself.
+    """
+
+    total: int
+    modules: Mapping[str, int]
+
+    def of(self, path: str) -> int:
+        """FLOPs of the submodule ``path`` itself, over all its calls."""
+        return self.modules.get(path, 0)
+
+
+def count_flops(module: nn.Module, inputs: tuple[Any, ...]) -> FlopCount:
+    """Count the FLOPs of ``module(*inputs)`` without computing it; a real batch size counts as given.
+
+    Args:
+        module: any module; its parameters may be on the meta device.
+        inputs: positional arguments.
+    """
+    mode = FakeTensorMode()
+    arguments = fake_inputs(inputs, mode)
+    counter = FlopCounterMode(display=False)
+    with shadowed(module, mode, device_of(inputs)), counter:
+        module(*arguments)
+    within = {
+        path.partition(".")[2]: sum(by_operator.values())
+        for path, by_operator in counter.get_flop_counts().items()
+        if path != "Global"
+    }
+    total = counter.get_total_flops()
+    within[""] = total
+    own = dict(within)
+    for path, flops in within.items():
+        if path:
+            own[_parent(path, within)] -= flops
+    return FlopCount(int(total), {path: int(flops) for path, flops in own.items() if flops})
+
+
+def _parent(path: str, known: Mapping[str, int]) -> str:
+    while path:
+        path = path.rpartition(".")[0]
+        if path in known:
+            return path
+    return ""
