@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from sift_compiler.errors import UnsupportedError, UserError
 from sift_compiler.nn import MaskHook, SparseLayer
+from sift_compiler.passes.manager import run_passes
+from sift_compiler.passes.schedule_masks import ScheduleMasks, hook_of, sparse_calls
 
 _CHILD = "mask_hook"
 
@@ -26,38 +27,38 @@ class Attachment:
     Attributes:
         name: module path of the layer.
         layer: the layer.
-        hooks: one per place where the layer is called; their gradients add up.
+        hook: receives the gradients of all calls of the layer, which add up; None if the method needs none.
     """
 
     name: str
     layer: SparseLayer
-    hooks: tuple[MaskHook, ...]
+    hook: MaskHook | None
 
     def arm(self) -> None:
         """Ask the next backward passes for the dense gradient."""
-        for hook in self.hooks:
-            hook.probe.arm()
+        if self.hook is not None:
+            self.hook.probe.arm()
 
     def disarm(self) -> None:
         """Ask for nothing more."""
-        for hook in self.hooks:
-            hook.probe.disarm()
+        if self.hook is not None:
+            self.hook.probe.disarm()
 
     def take(self) -> Tensor | None:
         """The dense gradient since arming, of the dense weight's shape, or None if no backward pass came by. Disarms."""
-        parts = [part for hook in self.hooks if (part := hook.probe.take()) is not None]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0] if parts else None
+        return self.hook.probe.take() if self.hook is not None else None
 
 
-def attach(module: nn.Module, *, with_hooks: bool) -> tuple[Attachment, ...]:
-    """Find the sparse layers of ``module`` that are trained, in the order of their names in the module.
+def attach(module: nn.Module, optimizer: Optimizer, *, with_hooks: bool) -> tuple[Attachment, ...]:
+    """Find the sparse layers of ``module`` that are trained, in the module's order, and give them hooks.
 
     Args:
         module: a graph, or any module; wrappers of torch.compile and DistributedDataParallel are looked through.
+        optimizer: holds the values of those layers.
         with_hooks: whether dense gradients are needed; layers that have no hook yet get one then.
 
     Raises:
-        UserError: there is no sparse layer.
+        UserError: there is no sparse layer, or its values are not among the optimizer's parameters.
         UnsupportedError: two layers share their values.
     """
     module = unwrapped(module)
@@ -69,12 +70,11 @@ def attach(module: nn.Module, *, with_hooks: bool) -> tuple[Attachment, ...]:
         )
     _check_unshared(layers)
     trained = {name: layer for name, layer in layers.items() if layer.values.requires_grad}
+    _check_optimized(trained, optimizer)
     if not with_hooks:
-        return tuple(Attachment(name, layer, ()) for name, layer in trained.items())
+        return tuple(Attachment(name, layer, None) for name, layer in trained.items())
     hooks = _hooks_in_graph(module) if isinstance(module, fx.GraphModule) else {}
-    return tuple(
-        Attachment(name, layer, tuple(hooks.get(layer, ())) or (_hook_of(layer),)) for name, layer in trained.items()
-    )
+    return tuple(Attachment(name, layer, hooks.get(layer) or _hook_of(layer)) for name, layer in trained.items())
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -88,10 +88,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def check_optimized(attachments: tuple[Attachment, ...], optimizer: Optimizer) -> None:
-    """Raise UserError if a layer's values are not among the optimizer's parameters."""
+def _check_optimized(layers: dict[str, SparseLayer], optimizer: Optimizer) -> None:
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    lost = [one.name for one in attachments if id(one.layer.values) not in known]
+    lost = [name for name, layer in layers.items() if id(layer.values) not in known]
     if lost:
         raise UserError(
             f"The values of {len(lost)} sparse layer(s) are not parameters of the optimizer: {', '.join(lost[:5])}"
@@ -111,18 +110,11 @@ def _check_unshared(layers: dict[str, SparseLayer]) -> None:
             )
 
 
-def _hooks_in_graph(module: fx.GraphModule) -> dict[SparseLayer, list[MaskHook]]:
-    """The hooks of the nodes ``%y = layer(%x, %hook)``, by layer."""
-    found: dict[SparseLayer, list[MaskHook]] = {}
-    for node in module.graph.find_nodes(op="call_module"):
-        layer = module.get_submodule(str(node.target))
-        source = node.kwargs.get("hook", node.args[1] if len(node.args) > 1 else None)
-        if not isinstance(layer, SparseLayer) or not isinstance(source, fx.Node) or source.op != "call_module":
-            continue
-        hook = module.get_submodule(str(source.target))
-        if isinstance(hook, MaskHook) and hook not in found.setdefault(layer, []):
-            found[layer].append(hook)
-    return found
+def _hooks_in_graph(graph_module: fx.GraphModule) -> dict[SparseLayer, MaskHook]:
+    """The hook that the schedule-masks pass gave each layer the graph calls; the pass runs now if it has not."""
+    run_passes(graph_module, (ScheduleMasks(),))
+    found = ((layer, hook_of(graph_module, call)) for call, _, layer in sparse_calls(graph_module))
+    return {layer: hook for layer, hook in found if hook is not None}
 
 
 def _hook_of(layer: SparseLayer) -> MaskHook:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sift_compiler.attachment import Attachment, attach, check_optimized
+from sift_compiler.attachment import Attachment, attach
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError, unknown_name
 from sift_compiler.masking import criteria, gradients, methods, schedules, transition
 from sift_compiler.masking.history import LayerUpdate, MaskUpdate
@@ -75,8 +75,7 @@ class MaskScheduler:
         self.method = method
         self._criterion = methods.combination(method)
         self._ranks_gradients = self._criterion is not None and self._criterion.needs_gradient
-        self._layers = attach(module, with_hooks=self._criterion is not None)
-        check_optimized(self._layers, optimizer)
+        self._layers = attach(module, optimizer, with_hooks=self._criterion is not None)
         self._claim()
         self._optimizer = optimizer
         self._handles = [
@@ -103,8 +102,8 @@ class MaskScheduler:
         self._handles = []
         for one in self._layers:
             one.disarm()
-            for hook in one.hooks:
-                hook.probe.claimed = False
+            if one.hook is not None:
+                one.hook.probe.claimed = False
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise UserError(
@@ -224,7 +223,7 @@ class MaskScheduler:
             listener(record)
 
     def _claim(self) -> None:
-        probes = [hook.probe for one in self._layers for hook in one.hooks]
+        probes = [one.hook.probe for one in self._layers if one.hook is not None]
         if any(probe.claimed for probe in probes):
             raise UserError(
                 "Another mask scheduler moves the masks of this module already. Call its remove() first, or keep using it."

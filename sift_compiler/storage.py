@@ -8,14 +8,13 @@ it is pickled code, and a file that asks for unpickling is refused.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import io
 import json
 import logging
 import os
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,12 @@ from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.optim import Optimizer
 
+from sift_compiler import archive
 from sift_compiler.attachment import unwrapped
 from sift_compiler.capture import as_inputs, raise_exported
 from sift_compiler.checkpoint import Checkpoint, optimizer_by_name, random_states
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError
+from sift_compiler.ir import annotations as decided
 from sift_compiler.ir.modes import training_mode
 from sift_compiler.nn import MaskHook, SparseLayer
 from sift_compiler.schedule import MaskScheduler
@@ -36,7 +37,6 @@ from sift_compiler.schedule import MaskScheduler
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_METADATA, _STATE = "sift/metadata.json", "sift/state.pt"
 _SAMPLE_BATCH = 2
 
 StrPath = str | os.PathLike[str]
@@ -64,25 +64,21 @@ def save(
         UnsupportedError: the module cannot be exported.
     """
     random = random_states()
+    target = _as_path(path)
+    if not isinstance(sparse, nn.Module):
+        raise UserError(f"save expects a module first, as sift.rewrite returns it, not {type(sparse).__name__}.")
     module = unwrapped(sparse)
-    target = Path(path)
     state = {
         "optimizer": None if optimizer is None else optimizer_by_name(optimizer, module),
         "random": random,
         "extra": dict(extra or {}),
     }
     records = {
-        _METADATA: json.dumps(_metadata(module, masks), indent=1).encode(),
-        _STATE: _plain_bytes(state),
+        archive.METADATA: json.dumps(_metadata(module, masks), indent=1).encode(),
+        archive.STATE: _plain_bytes(state),
     }
     program = _export(module, example_inputs)
-    with _appearing_whole(target) as unfinished:
-        with open(unfinished, "w+b") as file:
-            torch.export.save(program, file)
-        with zipfile.ZipFile(unfinished, "a", zipfile.ZIP_STORED) as archive:
-            root = archive.namelist()[0].split("/", 1)[0]
-            for name, content in records.items():
-                archive.writestr(f"{root}/{name}", content)
+    archive.write(program, target, records)
     log.info("Saved %s (%d bytes)", target, target.stat().st_size)
 
 
@@ -103,8 +99,8 @@ def load_checkpoint(path: StrPath) -> Checkpoint:
         UserError: there is no such file, or :func:`save` did not write it.
         StaleArtifactError: the file is damaged or of another version.
     """
-    source = Path(path)
-    metadata, state_bytes = _read_records(source)
+    source = _as_path(path)
+    metadata, state_bytes = archive.read(source)
     if metadata.get("format") != _FORMAT:
         raise StaleArtifactError(
             f"{source} has format {metadata.get('format')!r}; this version reads {_FORMAT}. Load it with sift_compiler "
@@ -114,33 +110,45 @@ def load_checkpoint(path: StrPath) -> Checkpoint:
         state = torch.load(io.BytesIO(state_bytes), weights_only=True)
         with _quiet():
             module = raise_exported(torch.export.load(source))
-        found = _layers(module)
+        _check_layers(source, _layers(module), metadata["layers"])
+        _annotate(module, metadata["annotations"])
+        module.train(metadata["training"])
+        return Checkpoint(
+            module=module, masks=metadata["masks"], optimizer=state["optimizer"], random=state["random"],
+            extra=state["extra"], metadata=metadata,
+        )  # fmt: skip
+    except StaleArtifactError:
+        raise
     except Exception as error:  # torch raises anything from KeyError to AssertionError on a program it cannot read
         raise StaleArtifactError(
             f"{source} could not be read ({type(error).__name__}: {error}). It was written with torch "
             f"{metadata.get('torch')}, this is torch {torch.__version__}; use that version, or save again."
         ) from error
-    if found != metadata["layers"]:
-        raise StaleArtifactError(
-            f"The sparse layers in {source} are not those its description names: {_difference(found, metadata['layers'])}. "
-            "The file has been changed since it was saved; use another copy."
-        )
-    module.train(metadata["training"])
-    return Checkpoint(
-        module=module, masks=metadata["masks"], optimizer=state["optimizer"], random=state["random"],
-        extra=state["extra"], metadata=metadata,
-    )  # fmt: skip
+
+
+def _as_path(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"path must be a file name, not {path!r}.")
+    return Path(path)
 
 
 def _metadata(module: nn.Module, masks: MaskScheduler | None) -> dict[str, Any]:
+    layers = _layers(module)
+    moving = None if masks is None else masks.state_dict()
+    if moving is not None and not moving["layers"].keys() <= layers.keys():
+        raise UserError(
+            f"masks= moves {', '.join(sorted(moving['layers'].keys() - layers.keys())[:5])}, which the module does not have. "
+            "Pass the scheduler that sift.schedule returned for this module."
+        )
     return {
         "format": _FORMAT,
         "package": importlib.metadata.version("sift_compiler"),
         "torch": torch.__version__,
         "training": module.training,
         "hooks": any(isinstance(each, MaskHook) for each in module.modules()),
-        "layers": _layers(module),
-        "masks": None if masks is None else masks.state_dict(),
+        "layers": layers,
+        "annotations": _annotations(module),
+        "masks": moving,
     }
 
 
@@ -152,8 +160,35 @@ def _layers(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))[:5])
+def _annotations(module: nn.Module) -> dict[str, Any]:
+    """What the passes decided, as plain data."""
+    if not isinstance(module, fx.GraphModule):
+        return {"decisions": [], "balance": None}
+    balance = decided.balance(module)
+    return {
+        "decisions": [dataclasses.asdict(decision) for decision in decided.decisions(module).values()],
+        "balance": None if balance is None else dataclasses.asdict(balance),
+    }
+
+
+def _annotate(module: fx.GraphModule, saved: Mapping[str, Any]) -> None:
+    decisions = {}
+    for entry in saved["decisions"]:
+        shapes = {name: tuple(entry[name]) for name in ("weight_shape", "widened_shape")}
+        decisions[entry["path"]] = decided.LayerDecision(**{**entry, **shapes})
+    if decisions:
+        decided.set_decisions(module, decisions)
+    if saved["balance"] is not None:
+        module.meta[decided.BALANCE] = decided.Balance(**saved["balance"])
+
+
+def _check_layers(source: Path, found: Mapping[str, Any], described: Mapping[str, Any]) -> None:
+    if found != described:
+        differing = sorted(name for name in {*found, *described} if found.get(name) != described.get(name))
+        raise StaleArtifactError(
+            f"The sparse layers in {source} are not those its description names: {', '.join(differing[:5])}. The file has "
+            "been changed since it was saved; use another copy."
+        )
 
 
 def _plain_bytes(state: Mapping[str, Any]) -> bytes:
@@ -236,95 +271,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\..*|copyreg")
         yield
-
-
-# --- the file -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _appearing_whole(target: Path) -> Iterator[str]:
-    """The name of a file beside ``target`` that takes its place when the block ends well, and vanishes otherwise."""
-    unfinished = None
-    try:
-        handle, unfinished = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".pt2", dir=target.parent)
-        os.close(handle)
-        yield unfinished
-        os.chmod(unfinished, 0o666 & ~_umask())
-        os.replace(unfinished, target)
-        unfinished = None
-    except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError on a full disk
-        raise UserError(
-            f"{target} cannot be written ({error}). Nothing was changed. Choose a file in a folder that exists, may be "
-            "written to and has room."
-        ) from error
-    finally:
-        if unfinished is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(unfinished)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _read_records(source: Path) -> tuple[dict[str, Any], bytes]:
-    """This package's records, after a look at the whole file: that it is intact and asks for no unpickling."""
-    if not source.is_file():
-        raise UserError(f"There is no file {source}. Pass the path that was given to sift.save.")
-    foreign = UserError(
-        f"{source} was not written by sift.save. To rewrite a program of torch.export, load it with torch.export.load and "
-        "pass its module() to sift.rewrite."
-    )
-    try:
-        with zipfile.ZipFile(source) as archive:
-            names = archive.namelist()
-            root = names[0].split("/", 1)[0] if names else ""
-            if f"{root}/{_METADATA}" not in names or f"{root}/{_STATE}" not in names:
-                raise foreign
-            broken = archive.testzip()
-            if broken is not None:
-                raise zipfile.BadZipFile(f"bad checksum of {broken}")
-            _refuse_pickles(archive, source)
-            metadata: dict[str, Any] = json.loads(archive.read(f"{root}/{_METADATA}"))
-            return metadata, archive.read(f"{root}/{_STATE}")
-    except OSError as error:
-        raise UserError(f"{source} cannot be read ({error}).") from error
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
-        if isinstance(error, UserError):
-            raise
-        if isinstance(error, zipfile.BadZipFile) and not _begins_as_zip(source):
-            raise foreign from error
-        raise StaleArtifactError(
-            f"{source} is damaged or was cut short ({error}). Copy it again from where it was saved, or use an older checkpoint."
-        ) from error
-
-
-def _begins_as_zip(source: Path) -> bool:
-    with source.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
-def _refuse_pickles(archive: zipfile.ZipFile, source: Path) -> None:
-    """torch.export.load unpickles whatever a file declares as pickled; files of sift.save never do."""
-    names = archive.namelist()
-    reason = "it holds a record twice" if len(set(names)) != len(names) else None
-    configurations = [name for name in names if name.endswith(("_weights_config.json", "_constants_config.json"))]
-    if len(configurations) != 2:
-        reason = "it is not laid out as torch.export writes programs"
-    for name in configurations:
-        entries = json.loads(archive.read(name))["config"]
-        if any(entry["use_pickle"] for entry in entries.values()):
-            reason = "it holds pickled objects, which could run code"
-    for name in names:
-        # torch falls back to full unpickling where this fails.
-        if "/data/sample_inputs/" in name:
-            try:
-                torch.load(io.BytesIO(archive.read(name)), weights_only=True)
-            except Exception:  # whatever it is, the file is not taken
-                reason = "its sample inputs are not plain tensors"
-        elif ("/data/weights/" in name or "/data/constants/" in name) and name.endswith(".pt"):
-            reason = "its tensors are in an old, pickled format"
-    if reason is not None:
-        raise StaleArtifactError(f"{source} is refused: {reason}. Load only files that sift.save wrote.")

@@ -8,8 +8,10 @@ from torch import nn
 
 from sift_compiler.capture import capture
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError
+from sift_compiler.ir import annotations
 from sift_compiler.nn import MaskHook, SparseConv2d, SparseLinear
-from sift_compiler.options import SET, RigL, Static
+from sift_compiler.options import SET, RigL, SparseWide, Static
+from sift_compiler.rewrite import rewrite
 from sift_compiler.schedule import schedule
 from sift_compiler.storage import load, load_checkpoint, save
 
@@ -339,3 +341,42 @@ def test_a_module_that_does_not_export_is_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="cannot be exported, so it cannot be saved"):
         save(Branching(), tmp_path / "model.pt2", example_inputs=torch.randn(2, 4))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    model = sparse_graph()
+    other = nn.Sequential(SparseLinear(4, 4))
+    masks = schedule(other, torch.optim.SGD(other.parameters(), lr=0.1), SET(end_step=3))
+    with pytest.raises(UserError, match="masks= moves 0, which the module does not have"):
+        save(model, tmp_path / "model.pt2", masks=masks)
+    with pytest.raises(UserError, match="path must be a file name, not None"):
+        save(model, None)
+    with pytest.raises(UserError, match="path must be a file name, not 3"):
+        load(3)
+    with pytest.raises(UserError, match="save expects a module first"):
+        save("model", tmp_path / "model.pt2")
+
+
+def test_a_rewritten_model_keeps_what_was_decided_and_what_is_frozen(tmp_path):
+    class Dense(nn.Sequential):
+        def __init__(self):
+            convolutions = [nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 16), (16, 16), (16, 16))]
+            super().__init__(*convolutions, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+    model = rewrite(Dense(), torch.randn(2, 3, 8, 8), SparseWide(sparsity=0.75))
+    model.get_submodule("1").values.requires_grad_(False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    masks = schedule(model, optimizer, RigL(delta_t=1, end_step=3))
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    assert [layer.name for layer in masks.updates[0].layers] == ["2"]
+    assert (
+        sum(isinstance(module, MaskHook) for module in model.modules()) == 2
+    )  # by the pass: one for each sparse layer
+    save(model, tmp_path / "model.pt2", masks=masks)
+    loaded = load(tmp_path / "model.pt2")
+    assert annotations.decisions(loaded) == annotations.decisions(model)
+    assert annotations.balance(loaded) == annotations.balance(model)
+    assert not loaded.get_submodule("1").values.requires_grad
+    assert loaded.get_submodule("2").values.requires_grad
