@@ -9,6 +9,7 @@ the graph that are widths are rewritten, shapes are propagated anew, and the gra
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ class SparseWide(Pass):
             return PassResult(graph_module)
         table = notes.widths(graph_module)
         assert table is not None
-        sizes = {key: widened(size, self.widening, self.round_to) for key, size in table.sizes.items()}
+        sizes = {key: self._widened(table, key) for key in table.sizes}
         if sizes == dict(table.sizes):
             raise UserError(
                 f"A widening of {self.widening:.4f} changes no width of the model at round_to={self.round_to}: "
@@ -78,6 +79,14 @@ class SparseWide(Pass):
             )
         self._redecide(graph_module)
         return PassResult(graph_module, changes)
+
+    def _widened(self, table: WidthTable, key: int) -> int:
+        """The new size of a class: not it, but the output widths it is a part of (4 * class for four groups) are to be round."""
+        factors = [
+            factor for widths in table.tensors.values() if widths for each, factor in widths[0].terms if each == key
+        ]
+        together = math.gcd(*factors) if factors else 1
+        return widened(table.sizes[key], self.widening, self.round_to // math.gcd(self.round_to, together))
 
     def _redecide(self, graph_module: GraphModule) -> None:
         """A layer that could not grow stays dense: a mask would only take weights from it."""

@@ -162,6 +162,14 @@ def _select(context: WidthContext, node: Node) -> Widths:
     return (*widths[:axis], *widths[axis + 1 :])
 
 
+def _unbind(context: WidthContext, node: Node) -> tuple[Widths, ...]:
+    widths = context.of(node.args[0])
+    axis = arguments(node)["dim"] % len(widths)
+    context.pin(widths[axis], f"{place(node)} takes it apart")
+    return tuple((*widths[:axis], *widths[axis + 1 :]) for _ in node.meta["val"])
+
+
+register(_unbind, "unbind.int")
 register(_slice, "slice.Tensor")
 register(_select, "select.int")
 
