@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 from sift_compiler.errors import StaleArtifactError, UserError
+from sift_compiler.whole_file import appearing_whole
 
 METADATA, STATE = "sift/metadata.json", "sift/state.pt"
 
@@ -30,7 +30,7 @@ def write(program: ExportedProgram, target: Path, records: Mapping[str, bytes]) 
     Raises:
         UserError: the file cannot be written.
     """
-    with _appearing_whole(target) as unfinished:
+    with appearing_whole(target) as unfinished:
         with open(unfinished, "w+b") as file:
             torch.export.save(program, file)
         with zipfile.ZipFile(unfinished, "a", zipfile.ZIP_STORED) as archive:
@@ -46,24 +46,50 @@ def read(source: Path) -> tuple[dict[str, Any], bytes]:
         UserError: there is no such file, or it was not written here.
         StaleArtifactError: the file is damaged or refused.
     """
-    if not source.is_file():
-        raise UserError(f"There is no file {source}. Pass the path that was given to sift.save.")
     foreign = UserError(
         f"{source} was not written by sift.save. To rewrite a program of torch.export, load it with torch.export.load and "
         "pass its module() to sift.rewrite."
     )
+    with _looked_through(source, foreign) as archive:
+        root = _root(archive)
+        if {f"{root}/{METADATA}", f"{root}/{STATE}"} - set(archive.namelist()):
+            raise foreign
+        _refuse_pickles(archive, source)
+        metadata: dict[str, Any] = json.loads(archive.read(f"{root}/{METADATA}"))
+        return metadata, archive.read(f"{root}/{STATE}")
+
+
+def load_program(source: Path) -> ExportedProgram:
+    """A program that ``torch.export.save`` wrote, if it holds no pickle.
+
+    Raises:
+        UserError: there is no such file, or it holds no program.
+        StaleArtifactError: the file is damaged, refused or of another version of torch.
+    """
+    foreign = UserError(f"{source} holds no program. Give a file that sift.save or torch.export.save wrote.")
+    with _looked_through(source, foreign) as archive:
+        _refuse_pickles(archive, source)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\..*|copyreg")
+            return torch.export.load(source)
+    except Exception as error:  # torch raises anything from KeyError to AssertionError on a program it cannot read
+        raise StaleArtifactError(
+            f"{source} could not be read ({type(error).__name__}: {error}). Export the model again with torch {torch.__version__}."
+        ) from error
+
+
+@contextlib.contextmanager
+def _looked_through(source: Path, foreign: UserError) -> Iterator[zipfile.ZipFile]:
+    """The archive, every checksum tested; ``foreign`` is raised for a file that is none."""
+    if not source.is_file():
+        raise UserError(f"There is no file {source}. Pass the path that was given to sift.save.")
     try:
         with zipfile.ZipFile(source) as archive:
-            names = archive.namelist()
-            root = names[0].split("/", 1)[0] if names else ""
-            if f"{root}/{METADATA}" not in names or f"{root}/{STATE}" not in names:
-                raise foreign
             broken = archive.testzip()
             if broken is not None:
                 raise zipfile.BadZipFile(f"bad checksum of {broken}")
-            _refuse_pickles(archive, source)
-            metadata: dict[str, Any] = json.loads(archive.read(f"{root}/{METADATA}"))
-            return metadata, archive.read(f"{root}/{STATE}")
+            yield archive
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error}).") from error
     except (zipfile.BadZipFile, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -76,32 +102,9 @@ def read(source: Path) -> tuple[dict[str, Any], bytes]:
         ) from error
 
 
-@contextlib.contextmanager
-def _appearing_whole(target: Path) -> Iterator[str]:
-    """The name of a file beside ``target`` that takes its place when the block ends well, and vanishes otherwise."""
-    unfinished = None
-    try:
-        handle, unfinished = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".pt2", dir=target.parent)
-        os.close(handle)
-        yield unfinished
-        os.chmod(unfinished, 0o666 & ~_umask())
-        os.replace(unfinished, target)
-        unfinished = None
-    except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError on a full disk
-        raise UserError(
-            f"{target} cannot be written ({error}). Nothing was changed. Choose a file in a folder that exists, may be "
-            "written to and has room."
-        ) from error
-    finally:
-        if unfinished is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(unfinished)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _root(archive: zipfile.ZipFile) -> str:
+    names = archive.namelist()
+    return names[0].split("/", 1)[0] if names else ""
 
 
 def _begins_as_zip(source: Path) -> bool:
@@ -130,4 +133,6 @@ def _refuse_pickles(archive: zipfile.ZipFile, source: Path) -> None:
         elif ("/data/weights/" in name or "/data/constants/" in name) and name.endswith(".pt"):
             reason = "its tensors are in an old, pickled format"
     if reason is not None:
-        raise StaleArtifactError(f"{source} is refused: {reason}. Load only files that sift.save wrote.")
+        raise StaleArtifactError(
+            f"{source} is refused: {reason}. Load only files that sift.save or torch.export.save wrote."
+        )

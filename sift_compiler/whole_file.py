@@ -16,7 +16,7 @@ def appearing_whole(target: Path) -> Iterator[str]:
     """The name of an empty file beside ``target`` that takes its place when the block ends well, and vanishes otherwise.
 
     Raises:
-        UserError: the block, or the move, fails with an OSError: the folder is missing, read-only or full.
+        UserError: the block, or the move, fails with an OSError or RuntimeError: the folder is missing, read-only or full.
     """
     unfinished = None
     try:
@@ -26,7 +26,7 @@ def appearing_whole(target: Path) -> Iterator[str]:
         os.chmod(unfinished, 0o666 & ~_umask())
         os.replace(unfinished, target)
         unfinished = None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's archive writer raises RuntimeError on a full disk
         raise UserError(
             f"{target} cannot be written ({error}). Nothing was changed. Choose a file in a folder that exists, may be "
             "written to and has room."
