@@ -4,6 +4,7 @@
 |---|---|---|
 | ``SIFT_DUMP`` | a folder, made if missing | every pass leaves its graph there as a numbered text file |
 | ``SIFT_LOG`` | debug, info, warning, error | log lines of this package from that level on go to standard error |
+| ``SIFT_DEBUG`` | 0, 1 | with 1 the ``sift`` commands show where an error was raised |
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ class Settings:
     Attributes:
         dump: folder of numbered dumps, or None for no dumps.
         log: level as the logging module names it (``"INFO"``), or None to leave logging to the host program.
+        debug: whether the command line shows tracebacks.
     """
 
     dump: Path | None = None
     log: str | None = None
+    debug: bool = False
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
@@ -41,7 +44,10 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
     folder, level = variables.get("SIFT_DUMP", ""), variables.get("SIFT_LOG", "").lower()
     if level and level not in LOG_LEVELS:
         raise unknown_name("log level in the environment variable SIFT_LOG", level, LOG_LEVELS)
+    debug = variables.get("SIFT_DEBUG", "")
+    if debug not in ("", "0", "1"):
+        raise unknown_name("value of the environment variable SIFT_DEBUG", debug, ("0", "1"))
     path = Path(folder).expanduser() if folder else None
     if path is not None and path.exists() and not path.is_dir():
         raise UserError(f"The environment variable SIFT_DUMP names {path}, which is a file; it must name a folder.")
-    return Settings(path, level.upper() or None)
+    return Settings(path, level.upper() or None, debug == "1")

@@ -1,0 +1,262 @@
+"""The ``sift`` command: rewrite, inspect, export, demo and doctor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from sift_compiler.errors import SiftError, UserError, unknown_name
+from sift_compiler.observe.settings import from_environment
+
+if TYPE_CHECKING:
+    from sift_compiler.commands.inspection import Inspection
+    from sift_compiler.options import SparseWide
+
+# torch, TVM and the model are imported by the command that needs them: sift --help is instant, and sift doctor runs without them.
+
+TRANSFORMS = ("wide",)
+"""Names of the rewrites."""
+
+_DEBUG = "debug"
+
+
+class _Commands(TyperGroup):
+    """Shows a SiftError as one message on standard error and exits with 2; everything else keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SiftError as error:
+            if ctx.meta.get(_DEBUG):
+                raise
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+_Model = Annotated[str, typer.Argument(help="A file.pt2, package.module:factory or path/to/file.py:factory.")]
+_Input = Annotated[
+    list[str] | None,
+    typer.Option("--input", help="Element type and sizes, batch first: 'f32[16,3,224,224]'. Once per input."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback()
+def _settings(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised (or SIFT_DEBUG=1).")] = False,
+) -> None:
+    """Rewrite dense models into iso-FLOP sparse ones, train and run them on mask-specialised code."""
+    from sift_compiler.observe.log import configure_logging
+
+    context.meta[_DEBUG] = debug
+    settings = from_environment()
+    context.meta[_DEBUG] = debug or settings.debug
+    configure_logging(settings)
+
+
+@app.command()
+def rewrite(
+    model: _Model,
+    sparsity: Annotated[float, typer.Option(help="Share of weights removed from a widened layer, in [0, 1).")],
+    input_: _Input = None,
+    transform: Annotated[str, typer.Option(help=f"One of: {', '.join(TRANSFORMS)}.")] = "wide",
+    seed: Annotated[int, typer.Option(help="Seed of masks and new weights.")] = 0,
+    round_to: Annotated[int, typer.Option(help="Widths are multiples of this; 1 rounds down, as the paper's code.")] = 8,
+    dense: Annotated[list[str] | None, typer.Option(help="Layers that stay dense, e.g. 'layer1.*'. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the sparse model goes (.pt2); without it only the report is shown.")] = None,
+    as_json: _Json = False,
+) -> None:  # fmt: skip
+    """Make MODEL an iso-FLOP sparse one and show what changed."""
+    options = _transform(transform, sparsity=sparsity, seed=seed, round_to=round_to, dense=tuple(dense or ()))
+    with _busy("Rewriting"):
+        from sift_compiler.commands.model_source import find_model
+        from sift_compiler.report import report
+        from sift_compiler.rewrite import rewrite as rewrite_model
+        from sift_compiler.storage import save
+
+        found = find_model(model)
+        inputs = _inputs(found, input_)
+        sparse = rewrite_model(found, inputs, options)
+        made = report(found, sparse, inputs)
+        if out is not None:
+            save(sparse, out)
+    if as_json:
+        typer.echo(json.dumps({**json.loads(made.to_json()), "file": None if out is None else str(out)}, indent=2))
+    else:
+        typer.echo(str(made))
+        typer.echo(f"\nSaved {out}" if out is not None else "\nNothing was saved: give --out FILE.pt2.")
+
+
+@app.command()
+def inspect(model: _Model, input_: _Input = None, as_json: _Json = False) -> None:
+    """Show the layers of MODEL, dense or sparse: sizes, sparsity, FLOPs."""
+    with _busy("Reading"):
+        from sift_compiler.commands.inspection import inspect_model
+        from sift_compiler.commands.model_source import find_model
+
+        found = find_model(model)
+        inspection = inspect_model(found, _inputs(found, input_))
+    if as_json:
+        typer.echo(json.dumps(inspection.to_plain(), indent=2))
+    else:
+        _show_inspection(inspection)
+
+
+@app.command()
+def export(
+    file: Annotated[str, typer.Argument(help="A sparse model that sift rewrite or sift.save wrote (.pt2).")],
+    runtime: Annotated[str, typer.Option(help="onnx: a portable ONNX model; tvm: a shared library for one machine.")],
+    out: Annotated[Path, typer.Option(help="Where it goes, e.g. model.onnx or model.so.")],
+    target: Annotated[str | None, typer.Option(help="What tvm compiles for; this machine by default.")] = None,
+    input_: _Input = None,
+    as_json: _Json = False,
+) -> None:
+    """Write a sparse model for another runtime. Without --input it is made for a batch of 1, or any batch where the runtime can."""
+    from sift_compiler.export import export as export_model
+    from sift_compiler.export import runtimes
+
+    if runtime not in runtimes():
+        raise unknown_name("runtime", runtime, runtimes())
+    with _busy("Exporting"):
+        from sift_compiler.commands.model_source import find_saved
+
+        module = find_saved(file)
+        path = export_model(module, _inputs(module, input_), out, runtime=runtime, target=target)
+    size = path.stat().st_size
+    if as_json:
+        typer.echo(json.dumps({"file": str(path), "bytes": size, "runtime": runtime, "target": target}))
+    else:
+        typer.echo(f"Wrote {path} ({size / 1e6:.2f} MB)")
+
+
+@app.command()
+def demo(
+    dataset: Annotated[str, typer.Option(help="digits, fashion-mnist or cifar100.")] = "digits",
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set; digits need none.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the figure, the report and the sparse network.")] = Path(
+        "sift-demo"
+    ),
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How often every network is trained.")] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="One Sparse Wide network each. Repeatable.")] = None,
+    method: Annotated[str | None, typer.Option(help="How masks move: rigl, set or static.")] = None,
+    runtime: Annotated[str | None, typer.Option(help="Who runs the sparse layers: tvm or eager.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    train_limit: Annotated[int | None, typer.Option(help="Use only so many training images.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch and of the sparse kernels.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Train a dense network and its sparse versions, and compare accuracy, time and memory."""
+    from sift_compiler.demo.options import DemoOptions
+    from sift_compiler.demo.run import run
+
+    given: dict[str, Any] = {
+        "dataset": dataset, "data": data, "out": out, "epochs": epochs, "seeds": seeds,
+        "sparsity": None if sparsity is None else tuple(sparsity), "method": method, "runtime": runtime,
+        "batch_size": batch_size, "train_limit": train_limit, "threads": threads,
+    }  # fmt: skip
+    options = DemoOptions(**{name: value for name, value in given.items() if value is not None})
+    made = run(options, Console(stderr=as_json))
+    if as_json:
+        typer.echo(made.to_json())
+
+
+@app.command()
+def doctor(as_json: _Json = False) -> None:
+    """Check this machine: packages, processor, C++ compiler, caches, threads. Exit code 1 if something essential is missing."""
+    with _busy("Looking"):
+        from sift_compiler.commands.doctor import examine, healthy
+
+        checks = examine()
+    well = healthy(checks)
+    if as_json:
+        typer.echo(json.dumps({"ok": well, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2))
+    else:
+        for check in checks:
+            state = "ok     " if check.ok else "MISSING" if check.essential else "warning"
+            typer.echo(f"{state}  {check.name:<13} {check.found}")
+            if check.advice:
+                typer.echo(f"{'':9}{check.advice}")
+        typer.echo("Everything essential is here." if well else "Something essential is missing, see above.")
+    if not well:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the ``sift`` command."""
+    app()
+
+
+def _transform(name: str, **options: Any) -> SparseWide:
+    from sift_compiler.options import SparseWide
+
+    if name not in TRANSFORMS:
+        raise unknown_name("transform", name, TRANSFORMS)
+    return SparseWide(**options)
+
+
+def _inputs(model: object, given: Sequence[str] | None) -> tuple[Any, ...]:
+    """The inputs given, or those that the model's file remembers."""
+    from torch import fx
+    from torch.export import ExportedProgram
+
+    from sift_compiler.commands.input_spec import example_inputs, remembered_inputs
+
+    if given:
+        return example_inputs(given)
+    if isinstance(model, fx.GraphModule):
+        return remembered_inputs(model)
+    if isinstance(model, ExportedProgram) and model.example_inputs is not None and not model.example_inputs[1]:
+        return tuple(model.example_inputs[0])
+    raise UserError(
+        "The shapes of the model's inputs are not known. Give every one of them: --input 'f32[16,3,224,224]'."
+    )
+
+
+def _show_inspection(inspection: Inspection) -> None:
+    table = Table(box=None, pad_edge=False)
+    for head in ("layer", "kind", "weight", "sparsity", "kept", "MFLOPs", "why"):
+        table.add_column(
+            head, justify="right" if head in ("sparsity", "kept", "MFLOPs") else "left", no_wrap=head != "why"
+        )
+    for layer in inspection.report.layers:
+        table.add_row(
+            escape(layer.path), layer.kind, "x".join(str(size) for size in layer.shape_after), f"{layer.sparsity:.4f}",
+            f"{layer.kept:,}", f"{layer.flops_after / 1e6:.3f}", escape(layer.reason),
+        )  # fmt: skip
+    # A pipe has no width: the table is then as wide as it needs.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(table)
+    made = inspection.report
+    typer.echo(f"\nFLOPs {made.sparse_flops:,}   parameters {made.sparse_parameters:,}   bytes {made.sparse_bytes:,}")
+    if made.search_space:
+        typer.echo(
+            f"sparsity of the sparse layers {made.sparsity:.6f}; masks choose from {made.search_space:,} weights"
+        )
+    if inspection.balance is not None:
+        typer.echo(f"balanced for {inspection.balance.dense_flops:,} FLOPs of the dense model's example")
+
+
+def _busy(what: str) -> AbstractContextManager[object]:
+    """A spinner on a terminal, nothing in a pipe."""
+    return Console(stderr=True).status(f"{what} …")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the ``sift`` commands do, apart from the command line itself."""
