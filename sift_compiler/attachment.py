@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from sift_compiler.errors import UnsupportedError, UserError
 from sift_compiler.nn import MaskHook, SparseLayer
 from sift_compiler.passes.manager import run_passes
-from sift_compiler.passes.schedule_masks import ScheduleMasks, hook_of, sparse_calls
+from sift_compiler.passes.schedule_masks import HOOKED, ScheduleMasks, hook_of, sparse_calls
 
 _CHILD = "mask_hook"
 
@@ -112,7 +112,9 @@ def _check_unshared(layers: dict[str, SparseLayer]) -> None:
 
 def _hooks_in_graph(graph_module: fx.GraphModule) -> dict[SparseLayer, MaskHook]:
     """The hook that the schedule-masks pass gave each layer the graph calls; the pass runs now if it has not."""
-    run_passes(graph_module, (ScheduleMasks(),))
+    if HOOKED.problem(graph_module) is not None:
+        # Not otherwise: a pass regenerates the graph's code, and what torch.compile made of the old code would be traced again.
+        run_passes(graph_module, (ScheduleMasks(),))
     found = ((layer, hook_of(graph_module, call)) for call, _, layer in sparse_calls(graph_module))
     return {layer: hook for layer, hook in found if hook is not None}
 

@@ -61,10 +61,9 @@ class CompiledSparse:
 
     def __init__(self, sparse: fx.GraphModule, runtime: str, threads: int) -> None:
         self.module = sparse
-        self._before = dynamo.compilations()
-        self._forward = self._compile(runtime, threads, "eager")
+        self._made: list[Compilation] = []
         self._evaluate = self._compile(runtime, threads, "inductor")
-        self.network = Network(sparse, self._forward, self._evaluate)
+        self.network = Network(sparse, self._compile(runtime, threads, "eager"), self._evaluate)
 
     def _compile(self, runtime: str, threads: int, rest: str) -> Callable[[Tensor], Tensor]:
         options: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -72,10 +71,15 @@ class CompiledSparse:
             "threads": threads,
             "rest": rest,
         }
-        return cast(
-            Callable[[Tensor], Tensor],
-            torch.compile(self.module, backend="sift", dynamic=False, options=options),
-        )
+        compiled = torch.compile(self.module, backend="sift", dynamic=False, options=options)
+
+        def call(x: Tensor) -> Tensor:
+            known = set(dynamo.compilations())
+            y = compiled(x)
+            self._made += set(dynamo.compilations()) - known
+            return cast(Tensor, y)
+
+        return call
 
     def restart(self, fresh: fx.GraphModule) -> None:
         """Take the weights and masks of ``fresh``, another rewrite of the same network, in place: nothing is traced again."""
@@ -84,8 +88,7 @@ class CompiledSparse:
     @property
     def compilations(self) -> tuple[Compilation, ...]:
         """What the backend made of this network so far: training graphs first."""
-        mine = [made for made in dynamo.compilations() if made not in self._before]
-        return tuple(sorted(mine, key=lambda made: made.options.rest != "eager"))
+        return tuple(sorted(self._made, key=lambda made: made.options.rest != "eager"))
 
     @torch.no_grad()
     def difference(self, x: Tensor) -> float:

@@ -141,7 +141,7 @@ def _step(forward: Forward, optimizer: Optimizer, images: Tensor, labels: Tensor
 
 
 def _batches(order: Tensor, size: int) -> tuple[Tensor, ...]:
-    return torch.split(order, size)  # type: ignore[no-untyped-call]
+    return torch.split(order, size)
 
 
 @torch.no_grad()
