@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Inputs = tuple[Any, ...]
 
+_NOT_SAVED = "sift_non_persistent_buffers"
+
 
 def capture(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any]) -> fx.GraphModule:
     """The graph of ``model``, trainable, with the same state dict, outputs and gradients.
@@ -66,9 +68,19 @@ def raise_exported(exported: ExportedProgram) -> fx.GraphModule:
     with _without_export_warnings():
         module = exported.module()
     graph_module = _owned_copy(module)
+    for name in exported.graph_signature.non_persistent_buffers:
+        path, _, buffer = name.rpartition(".")
+        graph_module.get_submodule(path)._non_persistent_buffers_set.add(buffer)
+    graph_module.meta[_NOT_SAVED] = tuple(graph_module._non_persistent_buffers_set)
+    graph_module._register_deepcopy_hook(_keep_out_of_state_dict)
     run_passes(graph_module, (RemoveMutation(), RaiseModules()))
     graph_module.train()
     return graph_module
+
+
+def _keep_out_of_state_dict(copied: fx.GraphModule) -> None:
+    """torch.fx forgets, when it copies a graph module, which of its own buffers are not persistent."""
+    copied._non_persistent_buffers_set.update(copied.meta[_NOT_SAVED])
 
 
 def as_inputs(example_inputs: object) -> Inputs:
@@ -116,8 +128,8 @@ def _report_fixed_batch(exported: ExportedProgram) -> None:
     for node in exported.graph.nodes:
         value = node.meta.get("val")
         given = node.op == "placeholder" and node.name in names and isinstance(value, Tensor) and value.dim() > 0
-        if given and isinstance(value.shape[0], int):
-            logger.warning("The model fixes the first dimension of its input %r at %d.", node.name, value.shape[0])
+        if given and str(value.shape[0]).isdigit():
+            logger.warning("The model fixes the first dimension of its input %r at %s.", node.name, value.shape[0])
 
 
 def _explained(model: nn.Module, inputs: Inputs, error: Exception) -> Exception:

@@ -1,0 +1,21 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def models() -> types.ModuleType:
+    """examples/models.py, loaded by its path as a script would be."""
+    path = Path(__file__).resolve().parent.parent / "examples" / "models.py"
+    specification = importlib.util.spec_from_file_location("example_models", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
