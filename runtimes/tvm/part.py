@@ -17,6 +17,7 @@ from sift_compiler.lowering.program import Program, pack
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.runtimes.tvm import kernels
 from sift_compiler.runtimes.tvm.build import compiled
+from sift_compiler.runtimes.tvm.sparse_kernel import sparse_tile
 from sift_compiler.runtimes.tvm.workspace import scratch
 
 _PACKED_BYTES = 64 * 1024 * 1024
@@ -39,9 +40,9 @@ class _Tables:
 class _Mask:
     """The program of the present mask, as tensors."""
 
-    offsets: Tensor
-    column_start: Tensor
-    value_start: Tensor
+    stream: Tensor
+    block_column: Tensor
+    block_value: Tensor
     order: Tensor
 
     @classmethod
@@ -50,7 +51,7 @@ class _Mask:
         return cls(
             *(
                 torch.from_numpy(np.append(a, np.int32(0)))
-                for a in (program.offsets, program.column_start, program.value_start, program.order)
+                for a in (program.stream, program.block_column, program.block_value, program.order)
             )
         )
 
@@ -129,28 +130,47 @@ class Part:
         assert mask is not None, "a part is packed before it runs"
         packed_values = scratch("values", self.spec.nnz)
         self._gather(values, mask.order, packed_values, self._workers(self.spec.nnz // 65536), self.spec.nnz)
-        window, sums = self._tile_scratch()
+        workspaces = self._workspaces()
         items = self._items
         for first in range(0, x.shape[0], items):
             whole = items >= x.shape[0]
             source, target = (x, y) if whole else (x[first : first + items], y[first : first + items])
-            packed, sizes, tiles = self._pack(source)
+            packed, sizes, strips = self._pack(source)
             self._kernel(
-                packed, mask.offsets, mask.column_start, mask.value_start, packed_values, bias, *self._tables.runs,
-                target.view(-1), window, sums, self._workers(tiles), tiles, *sizes,
+                packed, mask.stream, mask.block_column, mask.block_value, packed_values, bias, *self._tables.runs,
+                target.view(-1), *workspaces, self._workers(strips), strips, *sizes,
             )  # fmt: skip
 
     def _workers(self, pieces: int) -> int:
         return max(1, min(self.threads, pieces))
 
-    def _tile_scratch(self) -> tuple[Tensor, Tensor]:
-        tile, layout = self.choice.tile, self._layout
-        window = tile.channels * (tile.width * tile.vector if self.spec.kind == "linear" else layout.channel)
+    def _workspaces(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Windows, partial sums and finished rows of tiles, one of each per worker."""
+        tile, layout, spec = self.choice.tile, self._layout, self.spec
+        window = tile.channels * (tile.width * tile.vector if spec.kind == "linear" else layout.channel)
         sums = self._groups * tile.accumulators * tile.vector
-        return scratch("window", self.threads * window), scratch("sums", self.threads * sums)
+        finished = spec.out_channels * self._row_positions * tile.vector if self._strip else 1
+        return (
+            scratch("window", self.threads * window),
+            scratch("sums", self.threads * sums),
+            scratch("finished", self.threads * finished),
+        )
+
+    @property
+    def _row_positions(self) -> int:
+        """Output positions of a row of tiles."""
+        return self.choice.tile.height * self._layout.output[1]
+
+    @property
+    def _strip(self) -> int:
+        """Positions transposed at once: the largest power of two up to the lanes that a row of tiles holds, 0 below four."""
+        if self.spec.kind == "linear" or self.choice.tile.lanes != "batch":
+            return 0
+        positions = min(self._row_positions, self.choice.tile.vector)
+        return 1 << (positions.bit_length() - 1) if positions >= 4 else 0
 
     def _pack(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
-        """The packed input, the kernel's integers after ``tiles``, and the number of tiles."""
+        """The packed input, the kernel's integers after ``strips``, and the number of strips (rows of tiles)."""
         if self.spec.kind == "linear":
             return self._pack_tokens(x)
         return self._pack_images(x) if self.choice.tile.lanes == "batch" else self._pack_space(x)
@@ -160,7 +180,7 @@ class Part:
         tokens, features = x.shape[0], spec.in_channels
         step = tile.width * tile.vector
         tiles = -(-tokens // step)
-        sizes = (tiles, tiles, step, 0, tokens - step, 0, features, 0)
+        sizes = (tiles, 1, step, 0, tokens - step, 0, features, 0)
         window = (self._blocks, features, tile.channels, features, 0, 1, tile.width)
         return x.view(-1), (*sizes, *window, self._groups, spec.out_channels, 1, 1), tiles
 
@@ -178,13 +198,13 @@ class Part:
         )
         (down, across), (height, width) = layout.tiles, layout.output
         sizes = (
-            down * across, across, tile.width, height - tile.height, width - tile.width,
+            down, across, tile.width, height - tile.height, width - tile.width,
             layout.pitch * tile.vector, tile.vector, group_step,
         )  # fmt: skip
         return (
             packed,
             (*sizes, *self._window(layout.pitch * tile.vector), height * width, width),
-            groups * down * across,
+            groups * down,
         )
 
     def _pack_space(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
@@ -196,7 +216,7 @@ class Part:
             x.view(-1), self._tables.sources, packed, self._workers(spec.in_channels), spec.in_channels, area, positions
         )
         tiles = layout.tiles[1]
-        sizes = (tiles, tiles, tile.width, 0, (tiles - 1) * tile.width, 0, tile.vector, 0)
+        sizes = (tiles, 1, tile.width, 0, (tiles - 1) * tile.width, 0, tile.vector, 0)
         area = layout.output[0] * layout.output[1]
         return packed, (*sizes, *self._window(0), area, layout.output[1]), tiles
 
@@ -222,9 +242,13 @@ class Part:
             packing_code = (kernels.pack_space, {"parallel": parallel})
         constants = {
             "lanes": tile.vector, "rows": tile.rows, "height": tile.height, "width": tile.width,
-            "pitch": layout.window if tile.height > 1 else 0, "output": output, "parallel": parallel,
+            "pitch": layout.window if tile.height > 1 else 0, "output": output, "strip": self._strip,
+            "parallel": parallel,
         }  # fmt: skip
-        return packing_code, (kernels.sparse_tile, constants)
+        return packing_code, (sparse_tile, constants)
+
+    workspace_count = 3
+    """The last tensors of the sparse kernel are workspaces; the output stands before them."""
 
     packed_values_position = 4
     """Where the packed values stand among the sparse kernel's tensors; they are copied from the layer's values at each run."""
@@ -255,5 +279,5 @@ class Part:
         if tile.lanes == "space":
             return self.choice.count
         group = spec.in_channels * len(layout.phases) * layout.plane * tile.vector * 4
-        groups = max(_PACKED_BYTES // group, -(-4 * self.threads // (layout.tiles[0] * layout.tiles[1])), 1)
+        groups = max(_PACKED_BYTES // group, -(-4 * self.threads // layout.tiles[0]), 1)
         return max(1, min(groups, fits // tile.vector)) * tile.vector

@@ -137,9 +137,11 @@ def _emit_call(builder: Any, call: _Call, known: dict[int, Any], values: Tensor,
     parameters = list(function.params)
     fixed = zip(parameters[len(tensors) :], integers, strict=True)
     function = function.specialize({parameter: tirx.IntImm("int32", value) for parameter, value in fixed})
-    written = 1 if generator.__name__.startswith("pack") else 3  # packed input; or output, window and partial sums
+    written = (
+        1 if generator.__name__.startswith("pack") else 1 + part.workspace_count
+    )  # packed input; or output and workspaces
     inputs, outputs = tensors[:-written], tensors[-written:]
-    packed_values = part.packed_values_position if written == 3 else -1
+    packed_values = part.packed_values_position if written > 1 else -1
 
     def expression(position: int, tensor: Tensor) -> Any:
         if position == packed_values:

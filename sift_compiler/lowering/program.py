@@ -20,24 +20,28 @@ from sift_compiler.lowering.specification import LayerSpec
 
 Int32 = npt.NDArray[np.int32]
 
+END = -1
+"""Closes a bucket in the stream; offsets are never negative."""
+
 
 @dataclass(frozen=True)
 class Program:
     """A mask as data.
 
     Attributes:
-        offsets: int32 [columns], where a column's input begins in a block's window, in float32 numbers.
-        column_start: int32 [blocks · groups · patterns + 1], first column of each bucket.
-        value_start: int32 [blocks · groups · patterns + 1], first packed value of each bucket; a column of a bucket has one value per
-            row of its pattern, rows ascending.
+        stream: int32 [columns + buckets]; for each block, group and pattern in turn the columns of that bucket, closed by ``END``. A
+            column is where its input begins in the block's window, in float32 numbers. The columns take their values in the order
+            of the stream, one per row of the pattern, rows ascending.
+        block_column: int32 [blocks], where a block begins in the stream.
+        block_value: int32 [blocks], where a block begins in the packed values.
         order: int32 [nnz]; ``packed_values = values[order]``.
         groups: ceil(out channels / rows).
         blocks: ceil(in channels / block channels).
     """
 
-    offsets: Int32
-    column_start: Int32
-    value_start: Int32
+    stream: Int32
+    block_column: Int32
+    block_value: Int32
     order: Int32
     groups: int
     blocks: int
@@ -94,19 +98,22 @@ def pack(index: Int32, spec: LayerSpec, rows: int, channels: int, offsets: Int32
     part, column = np.divmod(column_of[first], keys.dtype.type(span))
     counts = np.bincount(part * patterns + (pattern - 1), minlength=blocks * groups * patterns)
     rows_in = np.array([bin(p).count("1") for p in range(1, patterns + 1)])
-    column_start = np.concatenate(([0], np.cumsum(counts)))
-    value_start = np.concatenate(([0], np.cumsum(counts * np.tile(rows_in, blocks * groups))))
+    buckets = counts.size
+    column_start = np.cumsum(counts) - counts + np.arange(buckets)
+    values_in = counts * np.tile(rows_in, blocks * groups)
+    value_start = np.cumsum(values_in) - values_in
     where = offsets[np.arange(span) % taps] + (np.arange(span) // taps) * channel_stride
     where = where.astype(np.int32)[column]
 
-    out, order = np.empty(first.size, np.int32), np.empty(keys.size, np.int32)
+    stream, order = np.full(first.size + buckets, END, np.int32), np.empty(keys.size, np.int32)
     for p in range(1, patterns + 1):
         chosen = np.flatnonzero(pattern == p)
         bucket = part[chosen] * patterns + (p - 1)
         before = np.cumsum(counts[p - 1 :: patterns]) - counts[p - 1 :: patterns]
         rank = np.arange(chosen.size) - before[part[chosen]]
-        out[column_start[bucket] + rank] = where[chosen]
+        stream[column_start[bucket] + rank] = where[chosen]
         target = value_start[bucket] + rank * rows_in[p - 1]
         for lane_in in range(rows_in[p - 1]):
             order[target + lane_in] = slots[first[chosen] + lane_in]
-    return Program(out, column_start.astype(np.int32), value_start.astype(np.int32), order, groups, blocks)
+    block_column, block_value = (a[:: groups * patterns].astype(np.int32) for a in (column_start, value_start))
+    return Program(stream, block_column, block_value, order, groups, blocks)

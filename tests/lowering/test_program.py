@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sift_compiler.lowering.program import Program, pack
+from sift_compiler.lowering.program import END, Program, pack
 from sift_compiler.lowering.specification import LayerSpec
 
 
@@ -14,23 +14,24 @@ def unpack(program: Program, spec: LayerSpec, rows: int, channels: int, offsets:
     kept = spec.kernel_size[0] * spec.kernel_size[1]
     where = {int(offsets[tap]) + c * stride: (c, tap) for c in range(channels) for tap in range(kept)}
     found = np.full(spec.nnz, -1)
-    patterns = 2**rows - 1
+    at = value = 0
     for block in range(program.blocks):
+        assert program.block_column[block] == at
+        assert program.block_value[block] == value
         for group in range(program.groups):
-            for p in range(1, patterns + 1):
-                bucket = (block * program.groups + group) * patterns + p - 1
-                value = program.value_start[bucket]
-                for k in range(program.column_start[bucket], program.column_start[bucket + 1]):
-                    c, tap = where[int(program.offsets[k])]
-                    for r in range(rows):
-                        if p >> r & 1:
-                            row = group * rows + r
-                            channel = (
-                                block * channels + c - row // (spec.out_channels // spec.groups) * spec.weight_shape[1]
-                            )
-                            found[value] = (row * spec.weight_shape[1] + channel) * kept + tap
-                            value += 1
-                assert value == program.value_start[bucket + 1]
+            for p in range(1, 2**rows):
+                while program.stream[at] != END:
+                    c, tap = where[int(program.stream[at])]
+                    for row in (group * rows + r for r in range(rows) if p >> r & 1):
+                        channel = (
+                            block * channels + c - row // (spec.out_channels // spec.groups) * spec.weight_shape[1]
+                        )
+                        found[value] = (row * spec.weight_shape[1] + channel) * kept + tap
+                        value += 1
+                    at += 1
+                at += 1
+    assert at == len(program.stream)
+    assert value == spec.nnz
     return found
 
 
@@ -56,11 +57,11 @@ def test_a_program_holds_every_kept_weight_once(
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     offsets = rng.permutation(taps * 3)[:taps].astype(np.int32)
     program = pack(index, spec, rows, channels, offsets, taps * 3)
-    assert program.offsets.dtype == program.order.dtype == program.column_start.dtype == np.int32
+    assert {a.dtype for a in (program.stream, program.block_column, program.block_value, program.order)} == {
+        np.dtype(np.int32)
+    }
     assert np.array_equal(unpack(program, spec, rows, channels, offsets, taps * 3), index[program.order])
     assert np.array_equal(np.sort(program.order), np.arange(nnz))
-    assert program.column_start[-1] == len(program.offsets)
-    assert program.value_start[-1] == nnz
 
 
 def test_the_order_of_the_index_carries_no_meaning() -> None:
@@ -69,6 +70,6 @@ def test_the_order_of_the_index_carries_no_meaning() -> None:
     spec = LayerSpec(kind="conv2d", weight_shape=(8, 10, 3, 3), nnz=300)
     offsets = np.arange(9, dtype=np.int32)
     a, b = (pack(i, spec, 3, 4, offsets, 9) for i in (index, np.sort(index)))
-    assert np.array_equal(a.offsets, b.offsets)
-    assert np.array_equal(a.value_start, b.value_start)
+    assert np.array_equal(a.stream, b.stream)
+    assert np.array_equal(a.block_value, b.block_value)
     assert np.array_equal(index[a.order], np.sort(index)[b.order])

@@ -1,0 +1,184 @@
+"""The sparse kernel: mask-specialised by data, written in TVM TIR.
+
+For one tile of output positions, block by block of input channels:
+
+1. copy the block's window of the packed input so that it lies contiguously in the first-level cache;
+2. for every group of R output rows: take the group's partial sums into R × vectors registers, run one small loop per row pattern
+   over its columns (one load of x, one multiply-add per kept row), put the partial sums back.
+
+Only what shapes the instructions is constant (R, the tile's vectors and their distances, lanes, workers or not); channels, sizes,
+blocks, tiles and strides are arguments, so one compiled function serves every layer of its class. A row of finished tiles is transposed
+in registers, so that whole cache lines of the output are written: a line touched once per tile cost a tenth of a sparse layer's time.
+
+The loop over a bucket ends at a sentinel in the stream: a counted loop would be unrolled by LLVM, and its odd iterations would cost
+a second branch miss per bucket.
+"""
+
+# The annotations of a TIR function are values, evaluated in the enclosing function.
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from tvm.script import tirx as T
+
+from sift_compiler.runtimes.tvm.transpose import perfect_shuffle, result_half
+
+Output = Literal["images", "stretches", "tokens"]
+"""Where a tile goes: lanes over images, stretches of neighbouring positions, or lanes over tokens."""
+
+
+# fmt: off
+def sparse_tile(
+    *, lanes: int, rows: int, height: int, width: int, pitch: int, output: Output, strip: int, parallel: bool, name: str
+) -> Any:
+    """The TIR function of one class of layers.
+
+    Args:
+        lanes: float32 lanes of a vector.
+        rows: R, output rows computed at once.
+        height, width: vectors of a tile, down and across.
+        pitch: float32 numbers between two rows of vectors in the window (any number if height is 1).
+        output: how a finished tile leaves.
+        strip: positions transposed at once when a row of tiles over images is finished, a power of two up to ``lanes``; 0 scatters each
+            tile by itself (for outputs of fewer than four positions in a row of tiles).
+        parallel: run ``workers`` workers on TVM's pool; otherwise the caller's thread does all of it.
+        name: symbol of the function.
+
+    The function's arguments, in order: packed input X (the input itself for tokens); the program's stream, and where each block begins
+    in it and in the values; packed values; bias [M]; stretch starts, tile positions, output positions and lengths (read for
+    ``stretches`` only); output Y; workspaces: windows, partial sums, finished rows of tiles [workers · size]; then integers. A row of
+    tiles (``tiles_across`` of them) is the unit of parallel work.
+    """
+    L, R, NV, NP = lanes, rows, height * width, (1 << rows) - 1
+    N = strip
+    loop = T.parallel if parallel else T.serial
+    images, stretches, tokens = output == "images", output == "stretches", output == "tokens"
+    square, square_half = perfect_shuffle(L, L), result_half(L)
+    narrow, narrow_half = perfect_shuffle(L, max(N, 2)), result_half(max(N, 2))
+
+    def across(within: Any, line: Any) -> Any:
+        return within if images else line
+
+    @T.prim_func
+    def kernel(
+        x: T.handle, stream: T.handle, block_column: T.handle, block_value: T.handle, values: T.handle, bias: T.handle,
+        run_start: T.handle, run_source: T.handle, run_target: T.handle, run_length: T.handle,
+        y: T.handle, window: T.handle, sums: T.handle, finished: T.handle,
+        workers: T.int32, strips: T.int32, strips_in_group: T.int32, tiles_across: T.int32, across_step: T.int32,
+        last_y: T.int32, last_x: T.int32, row_step: T.int32, column_step: T.int32, group_step: T.int32,
+        blocks: T.int32, planes: T.int32, block_planes: T.int32, plane_step: T.int32, stretch_step: T.int32,
+        stretch_count: T.int32, stretch_vectors: T.int32,
+        groups: T.int32, M: T.int32, out_area: T.int32, out_width: T.int32,
+    ):
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        n7, n8, n9, n10, n11, n12, n13 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
+        F = T.match_buffer(stream, (n1,), "int32", align=4, offset_factor=1)
+        BC = T.match_buffer(block_column, (n2,), "int32", align=4, offset_factor=1)
+        BV = T.match_buffer(block_value, (n3,), "int32", align=4, offset_factor=1)
+        V = T.match_buffer(values, (n4,), "float32", align=4, offset_factor=1)
+        B = T.match_buffer(bias, (n5,), "float32", align=4, offset_factor=1)
+        RS = T.match_buffer(run_start, (n6,), "int32", align=4, offset_factor=1)
+        RF = T.match_buffer(run_source, (n7,), "int32", align=4, offset_factor=1)
+        RT = T.match_buffer(run_target, (n8,), "int32", align=4, offset_factor=1)
+        RL = T.match_buffer(run_length, (n9,), "int32", align=4, offset_factor=1)
+        Y = T.match_buffer(y, (n10,), "float32", align=4, offset_factor=1)
+        W = T.match_buffer(window, (n11,), "float32", align=64)
+        S = T.match_buffer(sums, (n12,), "float32", align=64)
+        Q = T.match_buffer(finished, (n13,), "float32", align=64)
+        for worker in loop(workers):
+            for turn in range(((worker + 1) * strips // workers - worker * strips // workers) * tiles_across):
+                line: T.let[T.int32] = worker * strips // workers + turn // tiles_across
+                group: T.let[T.int32] = line // strips_in_group
+                top: T.let[T.int32] = T.min(line % strips_in_group * height, last_y)
+                left: T.let[T.int32] = T.min(across(turn % tiles_across, line) * across_step, last_x)
+                origin: T.let[T.int32] = group * group_step + top * row_step + left * column_step
+                w0: T.let[T.int32] = worker * (block_planes * stretch_count * stretch_vectors * L)
+                s0: T.let[T.int32] = worker * (groups * R * NV * L)
+                q0: T.let[T.int32] = worker * (M * height * out_width * L)
+                for m, u in T.grid(groups * R, NV):
+                    S[T.ramp(s0 + (m * NV + u) * L, 1, L)] = T.broadcast(T.if_then_else(m < M, B[T.min(m, M - 1)], T.float32(0)), L)
+                for b in range(blocks):
+                    count: T.let[T.int32] = T.min(block_planes, planes - b * block_planes)
+                    if tokens:
+                        if count >= L:
+                            for u, c in T.grid(NV, (count + L - 1) // L):
+                                cells = T.alloc_buffer((2 * L * L,), "float32", scope="local")
+                                near: T.let[T.int32] = T.min(c * L, count - L)
+                                for i in T.unroll(L):
+                                    cells[T.ramp(i * L, 1, L)] = X[T.ramp(origin + (u * L + i) * plane_step + b * block_planes + near, 1, L)]
+                                square(cells)
+                                for i in T.unroll(L):
+                                    W[T.ramp(w0 + ((near + i) * NV + u) * L, 1, L)] = cells[T.ramp((square_half * L + i) * L, 1, L)]
+                        else:
+                            for u, c in T.grid(NV, count):
+                                W[T.ramp(w0 + (c * NV + u) * L, 1, L)] = X[T.ramp(origin + u * L * plane_step + b * block_planes + c, plane_step, L)]
+                    else:
+                        for c, j, i in T.grid(count, stretch_count, stretch_vectors):
+                            W[T.ramp(w0 + ((c * stretch_count + j) * stretch_vectors + i) * L, 1, L)] = X[
+                                T.ramp(origin + (b * block_planes + c) * plane_step + j * stretch_step + i * L, 1, L)
+                            ]
+                    k = T.alloc_buffer((1,), "int32", scope="local")
+                    v = T.alloc_buffer((1,), "int32", scope="local")
+                    k[0] = BC[b]
+                    v[0] = BV[b]
+                    for g in range(groups):
+                        acc = T.alloc_buffer((R * NV * L,), "float32", scope="local")
+                        for u in T.unroll(R * NV):
+                            acc[T.ramp(u * L, 1, L)] = S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)]
+                        for p in T.unroll(NP):
+                            while F[k[0]] >= 0:
+                                for j in T.unroll(height):
+                                    for i in T.unroll(width):
+                                        for r in T.unroll(R):
+                                            if ((p + 1) >> r) & 1 == 1:
+                                                acc[T.ramp((r * NV + j * width + i) * L, 1, L)] = (
+                                                    acc[T.ramp((r * NV + j * width + i) * L, 1, L)]
+                                                    + T.broadcast(V[v[0] + T.popcount((p + 1) & ((1 << r) - 1))], L)
+                                                    * W[T.ramp(w0 + F[k[0]] + j * pitch + i * L, 1, L)]
+                                                )
+                                k[0] = k[0] + 1
+                                v[0] = v[0] + T.popcount(p + 1)
+                            k[0] = k[0] + 1
+                        for u in T.unroll(R * NV):
+                            S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)] = acc[T.ramp(u * L, 1, L)]
+                if images:
+                    if N == 0:
+                        for m, j, i in T.grid(M, height, width):
+                            Y[T.ramp((group * L * M + m) * out_area + (top + j) * out_width + left + i, M * out_area, L)] = S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)]
+                    else:
+                        for m, j, i in T.grid(M, height, width):
+                            Q[T.ramp(q0 + ((m * height + j) * out_width + left + i) * L, 1, L)] = S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)]
+                        if turn % tiles_across == tiles_across - 1:
+                            for m, q in T.grid(M, (height * out_width + N - 1) // N):
+                                cells = T.alloc_buffer((2 * N * L,), "float32", scope="local")
+                                start: T.let[T.int32] = T.min(q * N, height * out_width - N)
+                                for i in T.unroll(N):
+                                    cells[T.ramp(i * L, 1, L)] = Q[T.ramp(q0 + (m * height * out_width + start + i) * L, 1, L)]
+                                narrow(cells)
+                                for i in T.unroll(L):
+                                    Y[T.ramp(((group * L + i) * M + m) * out_area + top * out_width + start, 1, N)] = cells[T.ramp(narrow_half * N * L + i * N, 1, N)]
+                if tokens:
+                    if M >= L:
+                        for u, q in T.grid(NV, (M + L - 1) // L):
+                            cells = T.alloc_buffer((2 * L * L,), "float32", scope="local")
+                            row: T.let[T.int32] = T.min(q * L, M - L)
+                            for i in T.unroll(L):
+                                cells[T.ramp(i * L, 1, L)] = S[T.ramp(s0 + ((row + i) * NV + u) * L, 1, L)]
+                            square(cells)
+                            for i in T.unroll(L):
+                                Y[T.ramp((left + u * L + i) * M + row, 1, L)] = cells[T.ramp((square_half * L + i) * L, 1, L)]
+                    else:
+                        for m, u in T.grid(M, NV):
+                            Y[T.ramp((left + u * L) * M + m, M, L)] = S[T.ramp(s0 + (m * NV + u) * L, 1, L)]
+                if stretches:
+                    for m in range(M):
+                        for q in range(RS[line + 1] - RS[line]):
+                            for i in range(RL[RS[line] + q]):
+                                Y[m * out_area + RT[RS[line] + q] + i] = S[s0 + m * NV * L + RF[RS[line] + q] + i]
+
+    return kernel
+# fmt: on
