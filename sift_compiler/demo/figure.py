@@ -65,7 +65,7 @@ def _dress(axes: Any, name: str, epochs: int) -> None:
 def _fit_accuracy(axes: Any, networks: Sequence[NetworkResult]) -> None:
     """Leave out the first climb, which would flatten the differences at the end."""
     curves = np.concatenate([np.asarray([run.accuracies for run in network.runs]) for network in networks]) * 100
-    later = curves[:, curves.shape[1] // 4 :]
+    later = curves[:, curves.shape[1] // 3 :]
     room = max(1.0, 0.08 * float(later.max() - later.min()))
     axes.set_ylim(max(0.0, float(later.min()) - room), min(100.0, float(later.max()) + room))
 
@@ -76,7 +76,10 @@ def _percent(network: NetworkResult) -> str:
 
 
 def _title(report: DemoReport) -> str:
-    return f"Dense and Sparse Wide at equal FLOPs: {report.options.dataset}, masks {report.options.method}"
+    masks = {"rigl": "masks moved by RigL", "set": "masks moved by SET", "static": "masks at rest"}[
+        report.options.method
+    ]
+    return f"Dense and Sparse Wide at equal FLOPs ({report.options.dataset}, {masks})"
 
 
 def _caption(report: DemoReport) -> str:

@@ -29,7 +29,7 @@ class Recipe:
     train_limit: int | None
     """Training images used; None: all."""
     seeds: int
-    curve_images: int = 1000
+    curve_images: int = 512
     """Test images (the first ones) behind each point of the accuracy curve; the final accuracy takes all of them."""
     learning_rate: float = 0.1
     """At the first step."""
@@ -42,7 +42,7 @@ class Recipe:
 # networks with three seeds each, stays under three minutes on two slow cores. The real sets are larger: these defaults
 # are a first look of some minutes, not a result; --epochs, --train-limit and --seeds make one.
 RECIPES = {
-    "digits": Recipe(width=24, epochs=20, batch_size=32, train_limit=256, seeds=3),
+    "digits": Recipe(width=24, epochs=16, batch_size=32, train_limit=256, seeds=3),
     "fashion-mnist": Recipe(width=16, epochs=5, batch_size=64, train_limit=2048, seeds=1),
     "cifar100": Recipe(width=16, epochs=5, batch_size=64, train_limit=4096, seeds=1),
 }
