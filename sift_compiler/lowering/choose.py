@@ -11,32 +11,44 @@ from sift_compiler.lowering.plan import Choice
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.lowering.tile import Tile
 
+_UNALIGNED = 1.2
+"""Lanes over positions read x across cache lines: measured time against lanes over images."""
+
 
 def _sparsity(spec: LayerSpec) -> float:
     entries = spec.out_channels * spec.weight_shape[1] * spec.kernel_size[0] * spec.kernel_size[1]
     return 1 - spec.nnz / entries if entries else 0.0
 
 
-def _rows(sparsity: float) -> int:
-    return 3 if sparsity <= 0.8 else 2
+def _rows(sparsity: float) -> tuple[int, ...]:
+    """Rows worth a try. Three share loads best; but their partial sums leave room for fewer vectors, and above 80 % little is shared."""
+    return (3, 2) if sparsity <= 0.8 else (2,)
 
 
 def _most_vectors(rows: int, cpu: CpuFacts) -> int:
-    """Vectors per row so that partial sums, one broadcast per row and one x fit the registers."""
-    return max(1, min(8 if rows > 1 else 16, (cpu.registers - rows - 2) // rows))
+    """Vectors per row: partial sums may take two thirds of the registers; beyond that they measure slower although they would fit."""
+    return max(1, min(8 if rows > 1 else 14, cpu.registers * 22 // 32 // rows))
 
 
-def _budget(sparsity: float, cpu: CpuFacts) -> int:
-    """Bytes of a block's window: beside it the partial sums stream through the first-level cache; with few kept weights per block
-    going back to them costs more than reading some of x from the second level."""
-    share = 0.87 if sparsity <= 0.65 else 1.0 if sparsity <= 0.8 else 1.2
-    return int(share * cpu.l1_bytes)
+def _block(spec: LayerSpec, bytes_per_channel: int, cpu: CpuFacts) -> int:
+    """Input channels per block.
+
+    The window should share the first-level cache with partial sums that stream by. But a block must keep about 26 weights per row, or
+    going back to the partial sums costs more than reading some of x from the second level; up to twice the first level pays.
+    """
+    kept_per_channel = max(1 - _sparsity(spec), 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] / spec.groups
+    comfortable = 0.87 * cpu.l1_bytes / bytes_per_channel
+    most = min(max(comfortable, 26 / kept_per_channel), 2 * cpu.l1_bytes / bytes_per_channel, spec.in_channels)
+    return -(-spec.in_channels // -(-spec.in_channels // max(1, int(most))))
 
 
-def _block(channels: int, bytes_per_channel: int, budget: int) -> int:
-    """Channels per block: as many as the budget holds, evenly spread over the blocks."""
-    most = max(1, min(channels, budget // bytes_per_channel))
-    return -(-channels // -(-channels // most))
+def _cost(spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int) -> float:
+    """Relative time per useful multiply-add: ``waste`` vectors per useful one, a fixed cost per kept weight and tile that ``vectors`` share,
+    and one per row and block that the kept weights of ``channels`` share (constants fitted to measurements)."""
+    density = 1 - _sparsity(spec)
+    fewer_shared = 1 + 0.32 * max(0.0, density - 0.25) * (3 - rows)
+    kept = max(density, 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] * channels / spec.groups
+    return waste * (1 + 0.9 / vectors) * (1 + 5 / kept) * fewer_shared
 
 
 def _halo(spec: LayerSpec) -> tuple[int, int, int]:
@@ -49,99 +61,92 @@ def _halo(spec: LayerSpec) -> tuple[int, int, int]:
 
 
 def _image_tile(spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts) -> tuple[Tile, float]:
-    """Best tile with lanes over images, and its cost: vectors computed per useful vector, small tiles charged for their overhead."""
-    sparsity = _sparsity(spec)
-    rows = _rows(sparsity)
+    """Best tile with lanes over images, and its cost (see :func:`_cost`)."""
     halo_y, halo_x, phases = _halo(spec)
-    best: tuple[float, int, int] | None = None
-    for height in range(1, min(output[0], 8) + 1):
-        for width in range(1, min(output[1], _most_vectors(rows, cpu) // height) + 1):
-            vectors = height * width
-            down, across = -(-output[0] // height), -(-output[1] // width)
-            waste = down * across * vectors / (output[0] * output[1])
-            window = (height + halo_y) * (width + halo_x) / vectors
-            cost = waste * (1 + 1.5 / vectors) * (1 + 0.02 * window)
-            if best is None or cost < best[0]:
-                best = (cost, height, width)
-    assert best is not None
-    cost, height, width = best
-    per_channel = (height + halo_y) * (width + halo_x) * phases * cpu.lanes * 4
-    tile = Tile(
-        lanes="batch", vector=cpu.lanes, rows=rows, height=height, width=width,
-        channels=_block(spec.in_channels, per_channel, _budget(sparsity, cpu)),
-    )  # fmt: skip
-    return tile, cost
+
+    def tile(rows: int, height: int, width: int) -> tuple[float, Tile]:
+        vectors = height * width
+        waste = -(-output[0] // height) * -(-output[1] // width) * vectors / (output[0] * output[1])
+        window = (height + halo_y) * (width + halo_x) * phases
+        channels = _block(spec, window * cpu.lanes * 4, cpu)
+        made = Tile(lanes="batch", vector=cpu.lanes, rows=rows, height=height, width=width, channels=channels)
+        return _cost(spec, rows, waste, vectors, channels) * (1 + 0.02 * window / vectors), made
+
+    candidates = [
+        tile(rows, height, width)
+        for rows in _rows(_sparsity(spec))
+        for height in range(1, min(output[0], _most_vectors(rows, cpu)) + 1)
+        for width in range(1, min(output[1], _most_vectors(rows, cpu) // height) + 1)
+    ]
+    cost, best = min(candidates, key=lambda candidate: candidate[0])
+    return best, cost
 
 
 def _space_tile(
     spec: LayerSpec, images: int, output: tuple[int, int], size: tuple[int, int], cpu: CpuFacts
 ) -> tuple[Tile, float]:
-    """Best tile with lanes over neighbouring positions of all images, and its cost in vectors per useful vector of positions."""
-    sparsity = _sparsity(spec)
-    rows = _rows(sparsity)
+    """Best tile with lanes over neighbouring positions of all images, and its cost."""
     halo_y, halo_x, phases = _halo(spec)
     pitch = output[1] + halo_x
     positions = ((images - 1) * (output[0] + halo_y) + output[0]) * pitch
-    best: tuple[float, int] | None = None
-    for width in range(1, _most_vectors(rows, cpu) + 1):
+
+    def tile(rows: int, width: int) -> tuple[float, Tile]:
         step = width * cpu.lanes
         waste = -(-positions // step) * step / (images * output[0] * output[1])
-        cost = waste * (1 + 1.5 / width) * 1.08
-        if best is None or cost < best[0]:
-            best = (cost, width)
-    assert best is not None
-    cost, width = best
-    per_channel = (width * cpu.lanes + halo_y * pitch + halo_x) * phases * 4
-    tile = Tile(
-        lanes="space", vector=cpu.lanes, rows=rows, width=width,
-        channels=_block(spec.in_channels, per_channel, _budget(sparsity, cpu)),
-    )  # fmt: skip
-    return tile, cost
+        channels = _block(spec, (step + halo_y * pitch + halo_x) * phases * 4, cpu)
+        made = Tile(lanes="space", vector=cpu.lanes, rows=rows, width=width, channels=channels)
+        return _cost(spec, rows, waste, width, channels) * _UNALIGNED, made
+
+    candidates = [
+        tile(rows, width) for rows in _rows(_sparsity(spec)) for width in range(1, _most_vectors(rows, cpu) + 1)
+    ]
+    cost, best = min(candidates, key=lambda candidate: candidate[0])
+    return best, cost
 
 
-def _describe(sparsity: float, rows: int) -> str:
-    return f"sparsity {sparsity:.2f}: {rows} rows share each load"
+def _describe(spec: LayerSpec, tile: Tile) -> str:
+    return f"sparsity {_sparsity(spec):.2f}: {tile.rows} rows share each load"
 
 
 def _choose_images(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts) -> tuple[Choice, ...]:
     count, size = shape[0], (shape[2], shape[3])
     output, lanes = spec.output_size(*size), cpu.lanes
-    why = _describe(_sparsity(spec), _rows(_sparsity(spec)))
     groups, rest = divmod(count, lanes)
-    image_tile, image_cost = _image_tile(spec, output, cpu)
+    images, image_cost = _image_tile(spec, output, cpu)
     parts = []
     if groups:
-        parts.append(Choice(
-            tile=image_tile, first=0, count=groups * lanes, reason=f"{why}; lanes over {lanes} images, {image_cost:.2f} vectors per useful one"
-        ))  # fmt: skip
+        reason = f"{_describe(spec, images)}; lanes over {lanes} images, relative cost {image_cost:.2f}"
+        parts.append(Choice(tile=images, first=0, count=groups * lanes, reason=reason))
     if rest:
-        space_tile, space_cost = _space_tile(spec, rest, output, size, cpu)
-        if space_cost * rest < image_cost * lanes:
-            reason = f"{why}; {rest} images fill no vector, so lanes over positions ({space_cost:.2f} against {image_cost * lanes / rest:.2f})"
-            parts.append(Choice(tile=space_tile, first=groups * lanes, count=rest, reason=reason))
+        space, space_cost = _space_tile(spec, rest, output, size, cpu)
+        padded_cost = image_cost * lanes / rest
+        if space_cost < padded_cost:
+            reason = f"{_describe(spec, space)}; {rest} images fill no vector: lanes over positions, relative cost {space_cost:.2f} against {padded_cost:.2f}"
+            parts.append(Choice(tile=space, first=groups * lanes, count=rest, reason=reason))
         else:
-            reason = f"{why}; lanes over {lanes} images although {rest} are left ({image_cost * lanes / rest:.2f} against {space_cost:.2f})"
-            first = max(0, count - lanes)
-            parts.append(Choice(tile=image_tile, first=first, count=lanes, reason=reason))
+            reason = f"{_describe(spec, images)}; lanes over images although {rest} fill no vector, relative cost {padded_cost:.2f} against {space_cost:.2f}"
+            parts.append(Choice(tile=images, first=max(0, count - lanes), count=lanes, reason=reason))
     return tuple(parts)
 
 
 def _choose_tokens(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> tuple[Choice, ...]:
-    sparsity, lanes = _sparsity(spec), cpu.lanes
-    rows = _rows(sparsity)
-    most = min(_most_vectors(rows, cpu), max(1, tokens // lanes))
+    lanes = cpu.lanes
 
-    def cost(width: int) -> float:
+    def tile(rows: int, width: int) -> tuple[float, Tile]:
         step = width * lanes
-        return -(-tokens // step) * step / tokens * (1 + 1.5 / width)
+        waste = -(-tokens // step) * step / tokens
+        channels = _block(spec, step * 4, cpu)
+        made = Tile(lanes="batch", vector=lanes, rows=rows, width=width, channels=channels)
+        return _cost(spec, rows, waste, width, channels), made
 
-    width = min(range(1, most + 1), key=cost)
-    tile = Tile(
-        lanes="batch", vector=lanes, rows=rows, width=width,
-        channels=_block(spec.in_channels, width * lanes * 4, _budget(sparsity, cpu)),
-    )  # fmt: skip
-    reason = f"{_describe(sparsity, rows)}; lanes over tokens, {cost(width):.2f} vectors per useful one"
-    return (Choice(tile=tile, first=0, count=max(tokens, lanes), reason=reason),)
+    candidates = [
+        tile(rows, width)
+        for rows in _rows(_sparsity(spec))
+        for width in range(1, min(_most_vectors(rows, cpu), max(1, tokens // lanes)) + 1)
+    ]
+    cost, best = min(candidates, key=lambda candidate: candidate[0])
+    reason = f"{_describe(spec, best)}; lanes over tokens, relative cost {cost:.2f}"
+    return (Choice(tile=best, first=0, count=max(tokens, lanes), reason=reason),)
 
 
 def choose(spec: LayerSpec, input_shape: tuple[int, ...], cpu: CpuFacts) -> tuple[Choice, ...]:
