@@ -9,6 +9,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from sift_compiler.runtimes.tvm.transpose import perfect_shuffle, result_half
+
 
 def gather(*, parallel: bool, name: str) -> Any:
     """``packed[i] = values[order[i]]``; arguments: values, order, packed, workers, count."""
@@ -29,32 +31,48 @@ def gather(*, parallel: bool, name: str) -> Any:
 
 
 def pack_images(*, lanes: int, parallel: bool, name: str) -> Any:
-    """Packed input with lanes over images: NCHW → [group, channel, phases · plane, lanes].
+    """Packed input with lanes over images: NCHW → [group, channel, phases · plane, lanes], by transposing in registers.
 
-    Arguments: x, sources (see Packing.sources), packed, workers, groups, channels, area of an image, positions of a channel.
+    Arguments: x, packed position of each input position or -1 [area], packed positions that are zero, packed; then workers, groups,
+    channels, area of an image, positions of a channel, number of zero positions.
     """
     loop = T.parallel if parallel else T.serial
     L = lanes
+    square, half = perfect_shuffle(L, L), result_half(L)
 
     @T.prim_func
     def kernel(
-        x: T.handle, sources: T.handle, packed: T.handle,
-        workers: T.int32, groups: T.int32, channels: T.int32, area: T.int32, positions: T.int32,
+        x: T.handle, targets: T.handle, borders: T.handle, packed: T.handle,
+        workers: T.int32, groups: T.int32, channels: T.int32, area: T.int32, positions: T.int32, zeros: T.int32,
     ):  # fmt: skip
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
-        n0, n1, n2 = T.int32(), T.int32(), T.int32()
+        n0, n1, n2, n3 = T.int32(), T.int32(), T.int32(), T.int32()
         X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
-        F = T.match_buffer(sources, (n1,), "int32", align=4, offset_factor=1)
-        P = T.match_buffer(packed, (n2,), "float32", align=64)
+        F = T.match_buffer(targets, (n1,), "int32", align=4, offset_factor=1)
+        Z = T.match_buffer(borders, (n2,), "int32", align=4, offset_factor=1)
+        P = T.match_buffer(packed, (n3,), "float32", align=64)
         for worker in loop(workers):
             for turn in range((worker + 1) * groups * channels // workers - worker * groups * channels // workers):
                 plane: T.let[T.int32] = worker * groups * channels // workers + turn
                 start: T.let[T.int32] = (plane // channels * L * channels + plane % channels) * area
-                for i in range(positions):
-                    if F[i] >= 0:
-                        P[T.ramp((plane * positions + i) * L, 1, L)] = X[T.ramp(start + F[i], channels * area, L)]
-                    else:
-                        P[T.ramp((plane * positions + i) * L, 1, L)] = T.broadcast(T.float32(0), L)
+                for i in range(zeros):
+                    P[T.ramp((plane * positions + Z[i]) * L, 1, L)] = T.broadcast(T.float32(0), L)
+                if area >= L:
+                    for q in range((area + L - 1) // L):
+                        cells = T.alloc_buffer((2 * L * L,), "float32", scope="local")
+                        begin: T.let[T.int32] = T.min(q * L, area - L)
+                        for i in T.unroll(L):
+                            cells[T.ramp(i * L, 1, L)] = X[T.ramp(start + i * channels * area + begin, 1, L)]
+                        square(cells)
+                        for i in T.unroll(L):
+                            if F[begin + i] >= 0:
+                                P[T.ramp((plane * positions + F[begin + i]) * L, 1, L)] = cells[
+                                    T.ramp((half * L + i) * L, 1, L)
+                                ]
+                else:
+                    for i in range(area):
+                        if F[i] >= 0:
+                            P[T.ramp((plane * positions + F[i]) * L, 1, L)] = X[T.ramp(start + i, channels * area, L)]
 
     return kernel
 
@@ -62,7 +80,8 @@ def pack_images(*, lanes: int, parallel: bool, name: str) -> Any:
 def pack_space(*, parallel: bool, name: str) -> Any:
     """Packed input with lanes over space: NCHW → [channel, phases · plane], a plane holding all images.
 
-    Arguments as in :func:`pack_images`, with ``images`` in the place of groups; sources count images.
+    Arguments: x, what each packed position of channel 0 copies or -1 (see Packing.sources), packed; then workers, channels, area of an
+    image, positions of a channel.
     """
     loop = T.parallel if parallel else T.serial
 

@@ -32,7 +32,7 @@ Code = tuple[Callable[..., Any], dict[str, Any]]
 class _Tables:
     """What depends on the input's shape only: where packed positions come from, where tiles go."""
 
-    sources: Tensor
+    positions: tuple[Tensor, ...]
     runs: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -58,6 +58,15 @@ class _Mask:
 
 def _none() -> Tensor:
     return torch.zeros(1, dtype=torch.int32)
+
+
+def _targets(layout: Packing, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+    """Packed position of each position of an image, -1 for those no tap reads [area]; and the packed positions that are zero."""
+    sources = layout.sources(spec)
+    targets = np.full(layout.size[0] * layout.size[1], -1, np.int32)
+    read = np.flatnonzero(sources >= 0)
+    targets[sources[read]] = read
+    return torch.from_numpy(targets), torch.from_numpy(np.flatnonzero(sources < 0).astype(np.int32))
 
 
 def _stretches(layout: Packing, step: int, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,12 +112,12 @@ class Part:
         self._kernel, self._gather = self._compile()
         self._items = self._items_at_once()
         if spec.kind == "linear":
-            self._tables = _Tables(_none(), (_none(),) * 4)
+            self._tables = _Tables((), (_none(),) * 4)
+        elif tile.lanes == "space":
+            runs = _stretches(self._layout, tile.width * tile.vector, spec.out_channels)
+            self._tables = _Tables((torch.from_numpy(self._layout.sources(spec)),), runs)
         else:
-            sources = torch.from_numpy(self._layout.sources(spec))
-            space = tile.lanes == "space"
-            runs = _stretches(self._layout, tile.width * tile.vector, spec.out_channels) if space else (_none(),) * 4
-            self._tables = _Tables(sources, runs)
+            self._tables = _Tables(_targets(self._layout, spec), (_none(),) * 4)
 
     # --- the mask -------------------------------------------------------------------------------------------------
 
@@ -193,8 +202,19 @@ class Part:
         area = layout.size[0] * layout.size[1]
         channels = spec.in_channels
         pieces = groups * channels
+        targets, zeros = self._tables.positions
+        count = zeros.numel()
         self._pack_kernel(
-            x.view(-1), self._tables.sources, packed, self._workers(pieces), groups, channels, area, positions
+            x.view(-1),
+            targets,
+            zeros if count else _none(),
+            packed,
+            self._workers(pieces),
+            groups,
+            channels,
+            area,
+            positions,
+            count,
         )
         (down, across), (height, width) = layout.tiles, layout.output
         sizes = (
@@ -213,7 +233,13 @@ class Part:
         packed = scratch("packed", spec.in_channels * positions)
         area = layout.size[0] * layout.size[1]
         self._pack_kernel(
-            x.view(-1), self._tables.sources, packed, self._workers(spec.in_channels), spec.in_channels, area, positions
+            x.view(-1),
+            *self._tables.positions,
+            packed,
+            self._workers(spec.in_channels),
+            spec.in_channels,
+            area,
+            positions,
         )
         tiles = layout.tiles[1]
         sizes = (tiles, 1, tile.width, 0, (tiles - 1) * tile.width, 0, tile.vector, 0)
