@@ -17,6 +17,7 @@ from sift_compiler.errors import PassError, UnsupportedError
 from sift_compiler.ir import annotations as notes
 from sift_compiler.ir.width import Width, WidthTable
 from sift_compiler.nn import MaskHook, SparseLayer
+from sift_compiler.nn.attention import ScaledDotProductAttention
 from sift_compiler.passes import width_rules as rules
 from sift_compiler.passes import width_rules_shapes as _shapes  # noqa: F401  (fills the registry)
 from sift_compiler.passes.base import Pass, PassResult
@@ -99,6 +100,8 @@ def _of_module(context: WidthContext, node: Node, module: nn.Module) -> Any:
         return rules.embedding(context, node, x, module.weight)
     if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
         return context.of(x)
+    if isinstance(module, ScaledDotProductAttention):
+        return rules.attention(context, node)
     if isinstance(module, SparseLayer):
         return frozen(context, node)
     raise _no_rule(node)

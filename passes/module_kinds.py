@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from sift_compiler.ir.pattern import Pattern
 from sift_compiler.nn import SparseConv2d, SparseLinear
+from sift_compiler.nn.attention import ScaledDotProductAttention
 from sift_compiler.passes.operators import arguments, attribute, lengthened, module_type
 
 aten = torch.ops.aten
@@ -137,6 +138,17 @@ def _dropout(kinds: tuple[type[nn.Module], ...]) -> Reader:
     return read
 
 
+def _attention(graph_module: GraphModule, node: Node) -> Call | None:
+    """Only attention with dropout: without, the operator does the same in training and evaluation."""
+    call = arguments(node)
+    if not isinstance(call["dropout_p"], float) or call["dropout_p"] == 0 or isinstance(call["scale"], Node):
+        return None
+    given = (call["query"], call["key"], call["value"], call["attn_mask"])
+    settings = (call["dropout_p"], call["is_causal"], call["scale"], call["enable_gqa"])
+    inputs = tuple(each for each in given if each is not None)
+    return Call(inputs, {}, (ScaledDotProductAttention, *settings), lambda: ScaledDotProductAttention(*settings))
+
+
 def _sparse_linear(graph_module: GraphModule, node: Node) -> Call | None:
     call = arguments(node)
     index = attribute(graph_module, call["index"])
@@ -185,6 +197,7 @@ READERS: Mapping[Any, Reader] = {
     aten.dropout.default: _dropout((nn.Dropout,)),
     aten.feature_dropout.default: _dropout((nn.Dropout2d, nn.Dropout1d, nn.Dropout3d)),
     aten.alpha_dropout.default: _dropout((nn.AlphaDropout,)),
+    aten.scaled_dot_product_attention.default: _attention,
     torch.ops.sift.linear.default: _sparse_linear,
     torch.ops.sift.conv2d.default: _sparse_conv2d,
 }

@@ -45,8 +45,10 @@ class RaiseModules(Pass):
             changes.append(f"{node.name} → {path}")
         _drop_batch_counters(graph_module)
         graph_module.graph.eliminate_dead_code()
-        for node in graph_module.graph.nodes:
-            _refuse_frozen_training(node)
+        for part in graph_module.modules():  # a region under no_grad or checkpointing is a graph module of its own
+            if isinstance(part, GraphModule):
+                for node in part.graph.nodes:
+                    _refuse_frozen_training(node)
         return PassResult(graph_module, tuple(changes))
 
 
@@ -76,10 +78,10 @@ def _home_without_tensors(
     free = not _exists(graph_module, path) or raised.get(path) == call.settings
     if path and known and free:
         return path
-    number = 1
-    while _exists(graph_module, f"dropout_{number}"):
+    name, number = node.target._schema.name.split("::")[-1], 1  # type: ignore[union-attr]
+    while _exists(graph_module, f"{name}_{number}"):
         number += 1
-    return f"dropout_{number}"
+    return f"{name}_{number}"
 
 
 def _exists(graph_module: GraphModule, path: str) -> bool:

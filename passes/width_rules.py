@@ -229,7 +229,7 @@ def _addmm(context: WidthContext, node: Node) -> Widths:
     return (left[0], context.resolved(right[-1]))
 
 
-def _attention(context: WidthContext, node: Node) -> Widths:
+def attention(context: WidthContext, node: Node) -> Widths:
     """query [..., t, e], key [..., s, e], value [..., s, v] → [..., t, v]."""
     query, key, value = (context.of(each) for each in node.args[:3])
     context.unify(query[-1], key[-1], node)
@@ -242,4 +242,4 @@ def _attention(context: WidthContext, node: Node) -> Widths:
 
 register(_matmul, "matmul.default", "mm.default", "bmm.default", "mv.default")
 register(_addmm, "addmm.default")
-register(_attention, "scaled_dot_product_attention.default")
+register(attention, "scaled_dot_product_attention.default")

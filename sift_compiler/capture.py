@@ -75,7 +75,18 @@ def raise_exported(exported: ExportedProgram) -> fx.GraphModule:
     graph_module._register_deepcopy_hook(_keep_out_of_state_dict)
     run_passes(graph_module, (RemoveMutation(), RaiseModules()))
     graph_module.train()
+    _report_frozen_norms(graph_module)
     return graph_module
+
+
+def _report_frozen_norms(graph_module: fx.GraphModule) -> None:
+    frozen = sum(node.target is torch.ops.aten.batch_norm.default for node in graph_module.graph.nodes)
+    if frozen and not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in graph_module.modules()):
+        logger.warning(
+            "All %d batch norms are frozen, as in a program exported in eval mode; they will not follow .train(). "
+            "If that is not meant, export the model in train mode.",
+            frozen,
+        )
 
 
 def _keep_out_of_state_dict(copied: fx.GraphModule) -> None:

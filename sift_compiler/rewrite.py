@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from sift_compiler import pipeline
 from sift_compiler.capture import as_inputs, capture, raise_exported
 from sift_compiler.errors import UserError
-from sift_compiler.ir.flops import count_flops
+from sift_compiler.ir.flops import FlopCount, count_flops
 from sift_compiler.ir.verify import verify
 from sift_compiler.nn import SparseLayer
 from sift_compiler.options import SparseWide
@@ -50,11 +50,19 @@ def rewrite(
     if any(isinstance(module, SparseLayer) for module in graph_module.modules()):
         raise UserError("The model is sparse already; rewrite the dense model it came from.")
     device = next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
-    dense = count_flops(graph_module, inputs)
+    dense = _counted(graph_module, inputs)
     steps = pipeline.sparse_wide(transform, dense, inputs, device)
     result = pipeline.run(graph_module, steps).graph_module
     verify(result)
     return result
+
+
+def _counted(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> FlopCount:
+    try:
+        return count_flops(graph_module, inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(each.shape)) for each in inputs if isinstance(each, Tensor))
+        raise UserError(f"The captured model does not run on the example inputs (shapes {shapes}): {error}") from error
 
 
 def _captured(model: object, inputs: tuple[Any, ...]) -> fx.GraphModule:
