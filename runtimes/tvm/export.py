@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,10 @@ def _to_relax(program: torch.export.ExportedProgram, cpu: str) -> Any:
     from tvm.relax.frontend.torch import from_exported_program
 
     # Decomposed here, so that the nodes TVM shows are those of our own partition.
-    program = program.run_decompositions()
+    with warnings.catch_warnings():
+        # torch copies its own tree specifications in a way that it warns about.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        program = program.run_decompositions()
     tensors = _frozen_tensors(program)
     layers = {node.node.name: node for node in partition(program.graph, lambda spec, device: _refuse(spec))}
     for node in layers.values():
