@@ -15,7 +15,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from torch.fx import GraphModule
 
@@ -23,6 +22,7 @@ from sift_compiler.errors import UserError
 from sift_compiler.ir import annotations as notes
 from sift_compiler.ir.annotations import Balance
 from sift_compiler.ir.flops import FlopCount, count_flops
+from sift_compiler.ir.inputs import Inputs
 from sift_compiler.passes.base import Pass, PassResult
 from sift_compiler.passes.conditions import COUNTS_KNOWN, LAYERS_DECIDED
 
@@ -34,7 +34,7 @@ class BalanceFlops(Pass):
 
     Args:
         dense: FLOPs of the model given.
-        inputs: the example that was counted, positional.
+        inputs: the example that was counted.
         widening: factor that was applied to widths, for the message of a refusal.
 
     Raises:
@@ -44,7 +44,7 @@ class BalanceFlops(Pass):
     requires = (LAYERS_DECIDED,)
     ensures = (COUNTS_KNOWN,)
 
-    def __init__(self, dense: FlopCount, inputs: tuple[Any, ...], widening: float) -> None:
+    def __init__(self, dense: FlopCount, inputs: Inputs, widening: float) -> None:
         self.dense, self.inputs, self.widening = dense, inputs, widening
 
     def call(self, graph_module: GraphModule) -> PassResult:

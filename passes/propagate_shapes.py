@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
@@ -22,7 +23,8 @@ def propagate_shapes(graph_module: GraphModule) -> None:
     """
     inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     mode = next((value.fake_mode for value in inputs if hasattr(value, "fake_mode")), None) or FakeTensorMode()
-    with shadowed(graph_module, mode, device_of(inputs)):
+    # Without the Python dispatcher, composite operators written in C++ ask for sizes as numbers and so fix the batch.
+    with shadowed(graph_module, mode, device_of(inputs)), enable_python_dispatcher():
         _Propagation(graph_module).run(*inputs)
 
 

@@ -14,6 +14,8 @@ DECISIONS = "sift_decisions"
 """``graph_module.meta``: LayerDecision by module path. ``node.meta`` of a layer's calls holds its own decision under it."""
 WIDTHS = "sift_widths"
 """``graph_module.meta``: the WidthTable. ``node.meta``: the widths of the node's value."""
+REPLACEMENTS = "sift_replacements"
+"""``graph_module.meta``: what stands in place of a layer, as a clause, by the layer's path. ``node.meta`` of its nodes: that path."""
 BALANCE = "sift_balance"
 """``graph_module.meta``: the Balance."""
 
@@ -30,6 +32,9 @@ class LayerDecision:
         weight_shape: shape of its dense weight in the model given.
         widened_shape: shape of its dense weight after widening; as ``weight_shape`` before.
         kept: weights it keeps; None until FLOPs are balanced.
+        rule: the pattern of module paths whose transformation takes it; empty for one that none takes.
+        origin: path of the layer of the model given that it is a part of; empty for a layer that is one itself.
+        density: share to keep before FLOPs are balanced, in (0, 1], where layers differ.
     """
 
     path: str
@@ -39,6 +44,9 @@ class LayerDecision:
     weight_shape: tuple[int, ...]
     widened_shape: tuple[int, ...]
     kept: int | None = None
+    rule: str = ""
+    origin: str = ""
+    density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,12 @@ def set_decisions(graph_module: GraphModule, made: Mapping[str, LayerDecision]) 
     for node in graph_module.graph.nodes:
         if node.op == "call_module" and node.target in made:
             node.meta[DECISIONS] = made[node.target]
+
+
+def replacements(graph_module: GraphModule) -> Mapping[str, str]:
+    """What stands in place of every layer that became several, by its path."""
+    found: Mapping[str, str] = graph_module.meta.get(REPLACEMENTS, {})
+    return found
 
 
 def widths(graph_module: GraphModule) -> WidthTable | None:

@@ -7,11 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sift_compiler.ir.inputs import Inputs, called
 from sift_compiler.ir.shadow import device_of, fake_inputs, shadowed
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Query [B, H, T, E], key [B, H, S, E], value [B, H, S, V]: both products in full, as torch counts them on other devices."""
+    batch, heads, length, width = query
+    return int(2 * batch * heads * length * key[-2] * (width + value[-1]))
+
+
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""Operators that ``torch.utils.flop_counter`` does not count."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +43,18 @@ class FlopCount:
         return self.modules.get(path, 0)
 
 
-def count_flops(module: nn.Module, inputs: tuple[Any, ...]) -> FlopCount:
+def count_flops(module: nn.Module, inputs: Inputs) -> FlopCount:
     """Count the FLOPs of ``module(*inputs)`` without computing it; a real batch size counts as given.
 
     Args:
         module: any module; its parameters may be on the meta device.
-        inputs: positional arguments.
+        inputs: positional arguments, or keyword arguments by name.
     """
     mode = FakeTensorMode()
     arguments = fake_inputs(inputs, mode)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     with shadowed(module, mode, device_of(inputs)), counter:
-        module(*arguments)
+        called(module, arguments)
     within = {
         path.partition(".")[2]: sum(by_operator.values())
         for path, by_operator in counter.get_flop_counts().items()

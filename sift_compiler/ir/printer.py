@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from sift_compiler.ir import annotations as notes
-from sift_compiler.nn import MaskHook, SparseLayer
+from sift_compiler.ir.structure import SparseWeight
 
 
 def printed(graph_module: GraphModule) -> str:
@@ -42,11 +42,9 @@ def _callee(graph_module: GraphModule, node: Node) -> str:
 
 def _module(module: nn.Module) -> str:
     kind = type(module).__name__
-    if isinstance(module, SparseLayer):
+    if isinstance(module, SparseWeight):
         size = "x".join(str(each) for each in module.weight_shape)
-        return f"{kind} {size}, {module.values.numel()} kept, sparsity {module.sparsity:.4f}"
-    if isinstance(module, MaskHook):
-        return kind
+        return f"{kind} {size}, {module.values.numel()} kept, sparsity {module.pattern.sparsity:.4f}"
     weight = module._parameters.get("weight")
     return f"{kind} {'x'.join(str(each) for each in weight.shape)}" if weight is not None else kind
 

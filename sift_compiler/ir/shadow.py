@@ -26,8 +26,14 @@ def shadowed(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> I
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]
         }
-    with training_mode(module, False), _reparametrize_module(module, state, tie_weights=True), mode, torch.no_grad():
-        yield
+    # A fused encoder layer, which torch may choose in eval mode, is opaque to the FLOP counter.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with training_mode(module, False), _reparametrize_module(module, state, tie_weights=True), mode, torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def fake_inputs(inputs: Any, mode: FakeTensorMode) -> Any:

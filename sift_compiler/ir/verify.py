@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 
 from sift_compiler.errors import PassError, UserError
 from sift_compiler.ir import annotations as notes
-from sift_compiler.nn import SparseLayer
+from sift_compiler.ir.structure import SparseWeight
 
 
 def problems(graph_module: GraphModule) -> list[str]:
@@ -25,13 +25,13 @@ def problems(graph_module: GraphModule) -> list[str]:
         if tensor.is_meta:
             found.append(f"{name} has no values")
     for path, module in graph_module.named_modules():
-        if isinstance(module, SparseLayer):
+        if isinstance(module, SparseWeight):
             found += [f"layer {path!r}: {problem}" for problem in _layer_problems(module)]
     for path, decision in notes.decisions(graph_module).items():
         layer = _submodule(graph_module, path)
-        if isinstance(layer, SparseLayer) != decision.sparse:
+        if isinstance(layer, SparseWeight) != decision.sparse:
             found.append(f"layer {path!r} is {type(layer).__name__}, against its decision ({decision.reason})")
-        elif isinstance(layer, SparseLayer) and layer.values.numel() != decision.kept:
+        elif isinstance(layer, SparseWeight) and layer.values.numel() != decision.kept:
             found.append(f"layer {path!r} keeps {layer.values.numel()} weights, its decision says {decision.kept}")
     return found + _call_problems(graph_module)
 
@@ -50,7 +50,7 @@ def _submodule(graph_module: GraphModule, path: str) -> object:
         return None
 
 
-def _layer_problems(layer: SparseLayer) -> list[str]:
+def _layer_problems(layer: SparseWeight) -> list[str]:
     found = []
     try:
         layer.pattern.check()
@@ -68,7 +68,7 @@ def _call_problems(graph_module: GraphModule) -> list[str]:
     for node in graph_module.graph.nodes:
         layer = _submodule(graph_module, str(node.target)) if node.op == "call_module" else None
         value = node.meta.get("val")
-        if isinstance(layer, SparseLayer) and isinstance(value, Tensor):
+        if isinstance(layer, SparseWeight) and isinstance(value, Tensor):
             channels = value.shape[1] if len(layer.weight_shape) == 4 and value.dim() == 4 else value.shape[-1]
             if len(layer.weight_shape) in (2, 4) and channels != layer.weight_shape[0]:
                 found.append(f"node {node.name!r} has {channels} channels, its layer gives {layer.weight_shape[0]}")
