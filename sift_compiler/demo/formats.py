@@ -81,7 +81,7 @@ def read_fashion_mnist(folder: Path) -> Pixels:
             raise UserError(
                 f"{folder}: {part} has images {images.shape} and labels {labels.shape}; expected [N, height, width] and [N]."
             )
-        parts += [images[:, None], labels.astype(np.int64)]
+        parts += [images.reshape(len(images), 1, *images.shape[1:]), labels.astype(np.int64)]
     return Pixels(parts[0], parts[1], parts[2], parts[3])
 
 

@@ -23,18 +23,27 @@ class ForwardTime:
 
 @torch.no_grad()
 def interleaved(
-    forwards: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, *, rounds: int, warm_up: int = 3
+    forwards: Mapping[str, Callable[[Tensor], Tensor]],
+    x: Tensor,
+    *,
+    rounds: int,
+    warm_up: int = 2,
+    seconds: float = 20.0,
 ) -> dict[str, ForwardTime]:
     """Time each of ``forwards`` on ``x`` once per round, in turn.
 
     Args:
         forwards: networks in evaluation mode, compiled or not.
         x: a batch, [N, C, H, W].
-        rounds: timed calls of each, at least 1.
+        rounds: timed calls of each at most, at least 1.
         warm_up: untimed calls of each before.
+        seconds: no further round begins after so long, but five are run in any case.
     """
     times: dict[str, list[float]] = {name: [] for name in forwards}
+    start = time.perf_counter()
     for turn in range(-warm_up, rounds):
+        if turn >= 5 and time.perf_counter() - start > seconds:
+            break
         for name, forward in forwards.items():
             begin = time.perf_counter()
             forward(x)

@@ -44,7 +44,7 @@ class Recipe:
 RECIPES = {
     "digits": Recipe(width=24, epochs=16, batch_size=32, train_limit=256, seeds=3),
     "fashion-mnist": Recipe(width=16, epochs=5, batch_size=64, train_limit=2048, seeds=1),
-    "cifar100": Recipe(width=16, epochs=5, batch_size=64, train_limit=4096, seeds=1),
+    "cifar100": Recipe(width=16, epochs=5, batch_size=64, train_limit=2048, seeds=1),
 }
 
 

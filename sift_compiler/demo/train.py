@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class TrainingRun:
     """Mean time to choose and apply a new mask for all layers, without re-specialisation; 0 without updates."""
     steps: int
     step_ms: float
-    """Mean wall-clock time of an optimizer step, mask updates and re-specialisation included, the first step left out."""
+    """Mean wall-clock time of an optimizer step, mask updates and re-specialisation included, without the first step, which compiles (unless it is the only one)."""
     memory: TrainingMemory
 
 
@@ -127,7 +128,7 @@ def train(
         skipped_updates=0 if masks is None else masks.skipped["not finite"] + masks.skipped["missing"],
         mask_update_ms=sum(update.milliseconds for update in updates) / max(1, len(updates)),
         steps=len(durations),
-        step_ms=1e3 * sum(durations[1:]) / max(1, len(durations) - 1),
+        step_ms=1e3 * statistics.fmean(durations[1:] or durations),
         memory=training_memory(network.model, optimizer),
     )
 

@@ -37,6 +37,7 @@ def test_fashion_mnist_from_its_folder_or_the_parent(fashion, of_parent):
     folder, images, labels = fashion
     data = load_dataset("fashion-mnist", folder.parent if of_parent else folder)
     assert data.image_shape == (1, 28, 28)
+    assert data.train_images.stride() == (784, 784, 28, 1), "slices must look alike to a compiler"
     assert len(data.test_labels) == 3
     assert data.train_labels.tolist() == labels.tolist()
     expected = (torch.tensor(images, dtype=torch.float64) / 255 - 0.2860) / 0.3530
