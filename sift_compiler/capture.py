@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from sift_compiler.errors import UnsupportedError, UserError
+from sift_compiler.ir.inputs import Inputs, arguments_of, called
+from sift_compiler.ir.inputs import as_inputs as as_inputs
 from sift_compiler.ir.modes import training_mode
 from sift_compiler.passes.manager import run_passes
 from sift_compiler.passes.raise_modules import RaiseModules
@@ -27,18 +29,19 @@ from sift_compiler.passes.snapshot import copied
 
 logger = logging.getLogger(__name__)
 
-Inputs = tuple[Any, ...]
-
 _NOT_SAVED = "sift_non_persistent_buffers"
 
 
-def capture(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any]) -> fx.GraphModule:
+def capture(
+    model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+) -> fx.GraphModule:
     """The graph of ``model``, trainable, with the same state dict, outputs and gradients.
 
     Args:
         model: any module that ``torch.export`` accepts; it is left as it is, its train/eval flags included.
-        example_inputs: the positional arguments of the model, or the only one. The first dimension of every tensor is taken
-            to be the batch and stays free unless the model itself fixes it (then one warning says so).
+        example_inputs: the positional arguments of the model, the only one, or a dict of its keyword arguments. The first
+            dimension of every tensor is taken to be the batch and stays free unless the model itself fixes it (then one
+            warning says so).
 
     Returns:
         A GraphModule in the mode (train or eval) of ``model``, holding copies of its parameters and buffers.
@@ -94,30 +97,19 @@ def _keep_out_of_state_dict(copied: fx.GraphModule) -> None:
     copied._non_persistent_buffers_set.update(copied.meta[_NOT_SAVED])
 
 
-def as_inputs(example_inputs: object) -> Inputs:
-    """The positional arguments of a model, from a tuple, a list or a single tensor; UserError for anything without a tensor."""
-    inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs)):
-        raise UserError(
-            "example_inputs must be a tensor or a tuple of the model's positional arguments with at least one tensor, "
-            f"got {type(example_inputs).__name__}. Example: (torch.randn(2, 3, 224, 224),)."
-        )
-    return inputs
-
-
 def _export(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     """Export with a free batch dimension; an example with a batch of 1, which would fix it, is shown twice."""
     shown = pytree.tree_map(_twice, inputs) if _batch_of_one(inputs) else inputs
     free = pytree.tree_map(lambda leaf: {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None, shown)
     try:
         with _without_export_warnings():
-            exported = torch.export.export(model, shown, strict=False, dynamic_shapes=free)
+            exported = torch.export.export(model, *arguments_of(shown), strict=False, dynamic_shapes=free)
     except Exception as error:
         if shown is not inputs:
             logger.info("Export with the example shown twice failed (%s); the batch size is fixed at 1.", error)
             try:
                 with _without_export_warnings():
-                    return torch.export.export(model, inputs, strict=False)
+                    return torch.export.export(model, *arguments_of(inputs), strict=False)
             except Exception as second:
                 error = second
         raise _explained(model, inputs, error) from error
@@ -147,7 +139,7 @@ def _explained(model: nn.Module, inputs: Inputs, error: Exception) -> Exception:
     """Whether the model or the example is to blame for a failed export: run a copy of the model without export."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            copy.deepcopy(model).eval()(*copy.deepcopy(inputs))
+            called(copy.deepcopy(model).eval(), copy.deepcopy(inputs))
     except Exception as own:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
         return UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sift_compiler.attachment import unwrapped
-from sift_compiler.capture import as_inputs
 from sift_compiler.errors import RuntimeBuildError, UserError, unknown_name
+from sift_compiler.ir.inputs import as_inputs, positional
 from sift_compiler.passes.strip_hooks import StripHooks
 
 _EXPORTERS = {
@@ -30,7 +31,7 @@ def runtimes() -> tuple[str, ...]:
 
 def export(
     module: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | list[Any],
+    example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any],
     path: str | os.PathLike[str],
     *,
     runtime: str,
@@ -40,7 +41,7 @@ def export(
 
     Args:
         module: what sift.rewrite returned, trained or not; or any module with or without sparse layers.
-        example_inputs: the positional arguments of its forward, or the only one.
+        example_inputs: the positional arguments of its forward, the only one, or a dict of its keyword arguments.
         path: where the file goes. It appears whole or not at all.
         runtime: ``"onnx"``: an ONNX model of standard operators, sparse weights compact in the file, batch size free.
             ``"tvm"``: a shared library with kernels specialised to the masks, for inputs of exactly these shapes.
@@ -58,7 +59,8 @@ def export(
         raise unknown_name("runtime", runtime, _EXPORTERS)
     if not isinstance(module, nn.Module):
         raise UserError(f"export expects a torch.nn.Module, got {type(module).__name__}.")
-    inputs = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, as_inputs(example_inputs))
+    given = positional(module, as_inputs(example_inputs))
+    inputs = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, given)
     frozen = _frozen(unwrapped(module))
     _check_runs(frozen, inputs)
     home, name = _EXPORTERS[runtime]

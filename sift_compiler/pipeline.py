@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from sift_compiler.ir.flops import FlopCount
+from sift_compiler.ir.inputs import Inputs
 from sift_compiler.observe.instruments import Dump, Observer, Timer
 from sift_compiler.observe.log import configure_logging
 from sift_compiler.observe.settings import from_environment
@@ -26,9 +26,7 @@ from sift_compiler.passes.sparse_wide import SparseWide as WidenLayers
 Step = Callable[[GraphModule], PassResult]
 
 
-def sparse_wide(
-    options: SparseWide, dense: FlopCount, inputs: tuple[Any, ...], device: torch.device
-) -> tuple[Step, ...]:
+def sparse_wide(options: SparseWide, dense: FlopCount, inputs: Inputs, device: torch.device) -> tuple[Step, ...]:
     """Dense to iso-FLOP Sparse Wide.
 
     Args:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from sift_compiler.capture import as_inputs, raise_exported
+from sift_compiler.capture import raise_exported
 from sift_compiler.errors import UserError
 from sift_compiler.ir import annotations as notes
 from sift_compiler.ir.flops import FlopCount, count_flops
+from sift_compiler.ir.inputs import Inputs, as_inputs
 from sift_compiler.nn import SparseLayer
 
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, SparseLayer)
@@ -113,14 +114,15 @@ class Report:
 def report(
     model: nn.Module | ExportedProgram,
     sparse: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | list[Any],
+    example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any],
 ) -> Report:
     """Compare ``model`` with ``sparse``, its rewrite.
 
     Args:
         model: the dense model, or the program it was exported to.
         sparse: what ``rewrite`` made of it, or ``load`` brought back.
-        example_inputs: positional arguments of both, or the only one; nothing is computed with them but sizes.
+        example_inputs: positional arguments of both, the only one, or a dict of keyword arguments; nothing is computed with
+            them but sizes.
 
     Raises:
         UserError: one of the models does not run on the example inputs, or the dense model costs nothing.
@@ -138,7 +140,7 @@ def report(
     )  # fmt: skip
 
 
-def _counted(module: object, inputs: tuple[Any, ...], name: str) -> FlopCount:
+def _counted(module: object, inputs: Inputs, name: str) -> FlopCount:
     if not isinstance(module, nn.Module):
         raise UserError(f"{name} must be a torch.nn.Module, not {type(module).__name__}.")
     try:

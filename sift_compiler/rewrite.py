@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from sift_compiler import pipeline
-from sift_compiler.capture import as_inputs, capture, raise_exported
+from sift_compiler.capture import capture, raise_exported
 from sift_compiler.errors import UserError
 from sift_compiler.ir.flops import FlopCount, count_flops
+from sift_compiler.ir.inputs import Inputs, as_inputs
 from sift_compiler.ir.verify import verify
 from sift_compiler.nn import SparseLayer
 from sift_compiler.options import SparseWide
@@ -23,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def rewrite(
     model: nn.Module | ExportedProgram,
-    example_inputs: Tensor | tuple[Any, ...] | list[Any],
+    example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any],
     transform: SparseWide,
 ) -> fx.GraphModule:
     """Rewrite ``model`` into a sparse one with the FLOPs it has now.
@@ -31,7 +34,8 @@ def rewrite(
     Args:
         model: a module, a graph that ``capture`` made, or a program exported in train mode. It is left as it is: the result owns
             its parameters and shares none.
-        example_inputs: the model's positional arguments, or the only one; FLOPs are balanced for these sizes.
+        example_inputs: the model's positional arguments, the only one, or a dict of its keyword arguments; FLOPs are balanced
+            for these sizes.
         transform: which rewrite, e.g. ``SparseWide(sparsity=0.9)``.
 
     Returns:
@@ -57,15 +61,15 @@ def rewrite(
     return result
 
 
-def _counted(graph_module: fx.GraphModule, inputs: tuple[Any, ...]) -> FlopCount:
+def _counted(graph_module: fx.GraphModule, inputs: Inputs) -> FlopCount:
     try:
         return count_flops(graph_module, inputs)
     except Exception as error:
-        shapes = ", ".join(str(tuple(each.shape)) for each in inputs if isinstance(each, Tensor))
+        shapes = ", ".join(str(tuple(each.shape)) for each in pytree.tree_leaves(inputs) if isinstance(each, Tensor))
         raise UserError(f"The captured model does not run on the example inputs (shapes {shapes}): {error}") from error
 
 
-def _captured(model: object, inputs: tuple[Any, ...]) -> fx.GraphModule:
+def _captured(model: object, inputs: Inputs) -> fx.GraphModule:
     if isinstance(model, ExportedProgram):
         return raise_exported(model)
     if isinstance(model, fx.GraphModule) and all(

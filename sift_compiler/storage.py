@@ -23,13 +23,15 @@ import torch
 from torch import SymInt, Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from sift_compiler import archive
 from sift_compiler.attachment import unwrapped
-from sift_compiler.capture import as_inputs, raise_exported
+from sift_compiler.capture import raise_exported
 from sift_compiler.checkpoint import Checkpoint, optimizer_by_name, random_states
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError
 from sift_compiler.ir import annotations as decided
+from sift_compiler.ir.inputs import Inputs, arguments_of, as_inputs
 from sift_compiler.ir.modes import training_mode
 from sift_compiler.nn import MaskHook, SparseLayer
 from sift_compiler.schedule import MaskScheduler
@@ -209,14 +211,15 @@ def _plain_bytes(state: Mapping[str, Any]) -> bytes:
 
 
 def _export(module: nn.Module, example_inputs: Any) -> ExportedProgram:
+    inputs: Inputs
     if example_inputs is None:
         inputs, free = _remembered_inputs(module)
     else:
         inputs = as_inputs(example_inputs)
-        free = tuple({0: Dim.AUTO} if isinstance(one, Tensor) and one.dim() else None for one in inputs)
+        free = pytree.tree_map(lambda one: {0: Dim.AUTO} if isinstance(one, Tensor) and one.dim() else None, inputs)
     try:
         with training_mode(module, True), _quiet():
-            program = torch.export.export(module, inputs, strict=False, dynamic_shapes=free)
+            program = torch.export.export(module, *arguments_of(inputs), strict=False, dynamic_shapes=free)
     except Exception as error:  # export raises errors of many kinds
         raise UnsupportedError(
             f"{type(module).__name__} cannot be exported, so it cannot be saved: {type(error).__name__}: {error}. "
