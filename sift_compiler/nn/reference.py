@@ -32,7 +32,7 @@ def conv2d_input_gradient(
 ) -> Tensor:  # fmt: skip
     """dL/dx [N, C, H, W] from dL/dy [N, M, H', W']."""
     weight = densify(values, index, shape)
-    result: Tensor = _conv2d_input(
+    result: Tensor = _conv2d_input(  # type: ignore[no-untyped-call]
         list(input_shape), weight, gradient, list(stride), list(padding), list(dilation), groups
     )
     return result.contiguous()
@@ -43,7 +43,9 @@ def conv2d_weight_gradient(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """The dense dL/dW, of ``shape``."""
-    result: Tensor = _conv2d_weight(x, torch.Size(shape), gradient, list(stride), list(padding), list(dilation), groups)
+    result: Tensor = _conv2d_weight(  # type: ignore[no-untyped-call]
+        x, torch.Size(shape), gradient, list(stride), list(padding), list(dilation), groups
+    )
     return result
 
 
