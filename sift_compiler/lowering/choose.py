@@ -22,23 +22,26 @@ def _sparsity(spec: LayerSpec) -> float:
 
 def _rows(sparsity: float) -> tuple[int, ...]:
     """Rows worth a try. Three share loads best; but their partial sums leave room for fewer vectors, and above 80 % little is shared."""
-    return (3, 2) if sparsity <= 0.8 else (2,)
+    return (3, 2) if sparsity <= 0.8 else (2, 1)
 
 
 def _most_vectors(rows: int, cpu: CpuFacts) -> int:
     """Vectors per row: partial sums may take two thirds of the registers; beyond that they measure slower although they would fit."""
-    return max(1, min(8 if rows > 1 else 14, cpu.registers * 22 // 32 // rows))
+    return max(1, min(8 if rows > 1 else 16, cpu.registers * 22 // 32 // rows))
 
 
-def _block(spec: LayerSpec, bytes_per_channel: int, cpu: CpuFacts) -> int:
+def _block(spec: LayerSpec, vectors: int, bytes_per_channel: int, cpu: CpuFacts) -> int:
     """Input channels per block.
 
-    The window should share the first-level cache with partial sums that stream by. But a block must keep about 26 weights per row, or
-    going back to the partial sums costs more than reading some of x from the second level; up to twice the first level pays.
+    The window should share the first-level cache with partial sums that stream by. But a block must keep some weights per row (18 to
+    30, the more the fewer vectors each serves), or going back to the partial sums costs more than reading some of x from the second
+    level; up to twice the first level pays.
     """
     kept_per_channel = max(1 - _sparsity(spec), 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] / spec.groups
     comfortable = 0.87 * cpu.l1_bytes / bytes_per_channel
-    most = min(max(comfortable, 26 / kept_per_channel), 2 * cpu.l1_bytes / bytes_per_channel, spec.in_channels)
+    most = min(
+        max(comfortable, (34 - vectors) / kept_per_channel), 2 * cpu.l1_bytes / bytes_per_channel, spec.in_channels
+    )
     return -(-spec.in_channels // -(-spec.in_channels // max(1, int(most))))
 
 
@@ -47,8 +50,9 @@ def _cost(spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int)
     and one per row and block that the kept weights of ``channels`` share (constants fitted to measurements)."""
     density = 1 - _sparsity(spec)
     fewer_shared = 1 + 0.32 * max(0.0, density - 0.25) * (3 - rows)
+    more_loops = 1.02 if density < 0.2 and rows > 1 else 1.0
     kept = max(density, 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] * channels / spec.groups
-    return waste * (1 + 0.9 / vectors) * (1 + 5 / kept) * fewer_shared
+    return waste * (1 + 0.9 / vectors) * (1 + 5 / kept) * fewer_shared * more_loops
 
 
 def _halo(spec: LayerSpec) -> tuple[int, int, int]:
@@ -68,9 +72,9 @@ def _image_tile(spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts) -> tupl
         vectors = height * width
         waste = -(-output[0] // height) * -(-output[1] // width) * vectors / (output[0] * output[1])
         window = (height + halo_y) * (width + halo_x) * phases
-        channels = _block(spec, window * cpu.lanes * 4, cpu)
+        channels = _block(spec, vectors, window * cpu.lanes * 4, cpu)
         made = Tile(lanes="batch", vector=cpu.lanes, rows=rows, height=height, width=width, channels=channels)
-        return _cost(spec, rows, waste, vectors, channels) * (1 + 0.02 * window / vectors), made
+        return _cost(spec, rows, waste, vectors, channels) * (1 + 0.05 * window / vectors), made
 
     candidates = [
         tile(rows, height, width)
@@ -93,7 +97,7 @@ def _space_tile(
     def tile(rows: int, width: int) -> tuple[float, Tile]:
         step = width * cpu.lanes
         waste = -(-positions // step) * step / (images * output[0] * output[1])
-        channels = _block(spec, (step + halo_y * pitch + halo_x) * phases * 4, cpu)
+        channels = _block(spec, width, (step + halo_y * pitch + halo_x) * phases * 4, cpu)
         made = Tile(lanes="space", vector=cpu.lanes, rows=rows, width=width, channels=channels)
         return _cost(spec, rows, waste, width, channels) * _UNALIGNED, made
 
@@ -135,7 +139,7 @@ def _choose_tokens(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> tuple[Choice,
     def tile(rows: int, width: int) -> tuple[float, Tile]:
         step = width * lanes
         waste = -(-tokens // step) * step / tokens
-        channels = _block(spec, step * 4, cpu)
+        channels = _block(spec, width, step * 4, cpu)
         made = Tile(lanes="batch", vector=lanes, rows=rows, width=width, channels=channels)
         return _cost(spec, rows, waste, width, channels), made
 
