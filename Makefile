@@ -1,7 +1,7 @@
 # make demo   train a dense network and its sparse versions, compare them (minutes)
 # make test   all tests
 # make lint   ruff, mypy, import-linter
-# Needs Python 3.11 or later, a C++ compiler and, the first time, a network. PYTHON=… and VENV=… choose others.
+# Needs Python 3.11 or later and, the first time, a network; test also needs a C++ compiler. PYTHON=… and VENV=… choose others.
 
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -224,7 +224,7 @@ def test_doctor_finds_everything_or_says_what_is_missing(monkeypatch: pytest.Mon
     }
     monkeypatch.setenv("CXX", "no-such-compiler")
     result = sift_command("doctor")
-    assert result.exit_code == 1
+    assert result.exit_code == 0
     assert "no-such-compiler not found" in result.output
     assert "apt install g++" in result.output
 
@@ -242,6 +242,7 @@ def test_doctor_tells_an_unwritable_cache_and_a_broken_compiler(
     assert "TORCHINDUCTOR_CACHE_DIR" in checks["cache folder"].advice
     assert "no headers" in checks["C++ compiler"].found
     assert not doctor.healthy(checks.values())
+    assert sift_command("doctor").exit_code == 1
 
 
 @pytest.mark.parametrize(
