@@ -1,12 +1,14 @@
-"""Strike the FLOP balance: how sparse the widened layers must be so that the model costs what it did.
+"""Strike the FLOP balance: how sparse layers must be so that the model costs what it did.
 
-With F the FLOPs of the model given, D those of all that stays dense in the widened model and S those of the layers that get a mask, at
+With F the FLOPs of the model given, D those of all that is dense in the rewritten model and S those of the layers that get a mask, at
 density 1:
 
-    s* = 1 - (F - D) / S            (derived; it also pays for the wider first layer and classifier, which stay dense)
+    s* = 1 - (F - D) / S            (derived; it also pays for what a wider first layer and classifier, which stay dense, cost more)
 
-Solved from the actual integer widths. Every layer keeps floor((1 - s*) numel) weights; the FLOPs that rounding down leaves over buy
-at most one weight more per layer, largest remainder first, so that small models balance too.
+Where layers have densities ρ_l of their own, all are scaled by (F - D) / Σ ρ_l S_l; one that would exceed 1 stays dense and the others
+make up for it. Solved from the actual integer sizes, 1x1 convolutions that a rewrite added included. Every layer keeps
+floor(density · numel) weights; the FLOPs that rounding down leaves over buy at most one weight more per layer, largest remainder
+first, so that small models balance too.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch.fx import GraphModule
 
 from sift_compiler.errors import UserError
 from sift_compiler.ir import annotations as notes
-from sift_compiler.ir.annotations import Balance
+from sift_compiler.ir.annotations import Balance, LayerDecision
 from sift_compiler.ir.flops import FlopCount, count_flops
 from sift_compiler.ir.inputs import Inputs
 from sift_compiler.passes.base import Pass, PassResult
@@ -35,16 +37,16 @@ class BalanceFlops(Pass):
     Args:
         dense: FLOPs of the model given.
         inputs: the example that was counted.
-        widening: factor that was applied to widths, for the message of a refusal.
+        widening: factor that was applied to widths, for the message of a refusal; None where no width grew.
 
     Raises:
-        UserError: what stays dense already costs as much as the model given.
+        UserError: what is dense already costs as much as the model given.
     """
 
     requires = (LAYERS_DECIDED,)
     ensures = (COUNTS_KNOWN,)
 
-    def __init__(self, dense: FlopCount, inputs: Inputs, widening: float) -> None:
+    def __init__(self, dense: FlopCount, inputs: Inputs, widening: float | None = None) -> None:
         self.dense, self.inputs, self.widening = dense, inputs, widening
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -52,18 +54,23 @@ class BalanceFlops(Pass):
         if self.widening == 1:
             return self._nothing_to_remove(graph_module)
         made = dict(notes.decisions(graph_module))
-        wide = count_flops(graph_module, self.inputs)
-        sparsifiable = sum(wide.of(path) for path, decision in made.items() if decision.sparse)
-        kept_dense = wide.total - sparsifiable
-        if kept_dense >= self.dense.total or not sparsifiable:
-            raise UserError(self._infeasible(wide, {path for path, decision in made.items() if decision.sparse}))
-        density = min(1.0, (self.dense.total - kept_dense) / sparsifiable)
-        sizes = {path: math.prod(decision.widened_shape) for path, decision in made.items() if decision.sparse}
-        prices = {path: wide.of(path) // numel for path, numel in sizes.items()}
-        for path, kept in kept_weights(sizes, prices, density).items():
-            made[path] = dataclasses.replace(made[path], kept=kept)
+        chosen = [path for path, decision in made.items() if decision.sparse]
+        now = count_flops(graph_module, self.inputs)
+        costs = {path: now.of(path) for path in chosen}
+        sparsifiable = sum(costs.values())
+        kept_dense = now.total - sparsifiable
+        budget = self.dense.total - kept_dense
+        if budget < 0 or (chosen and not (budget and sparsifiable)):
+            raise infeasible(self.dense, now, set(chosen), self.widening)
+        densities = scaled_densities({path: made[path].density or 1.0 for path in chosen}, costs, budget)
+        sizes = {path: math.prod(made[path].widened_shape) for path in chosen}
+        prices = {path: costs[path] // sizes[path] for path in chosen}
+        for path, kept in kept_weights(sizes, prices, densities).items():
+            made[path] = _decided(made[path], kept, sizes[path])
         notes.set_decisions(graph_module, made)
-        struck = Balance(self.dense.total, kept_dense, sparsifiable, 1 - density)
+        struck = Balance(
+            self.dense.total, kept_dense, sparsifiable, 1 - min(1.0, budget / sparsifiable) if chosen else 0.0
+        )
         graph_module.meta[notes.BALANCE] = struck
         logger.info("FLOPs balance at a sparsity of %.6f", struck.sparsity)
         return PassResult(
@@ -81,37 +88,77 @@ class BalanceFlops(Pass):
         graph_module.meta[notes.BALANCE] = Balance(self.dense.total, self.dense.total, 0, 0.0)
         return PassResult(graph_module)
 
-    def _infeasible(self, wide: FlopCount, sparse: set[str]) -> str:
-        staying = {path: flops for path, flops in wide.modules.items() if path not in sparse}
-        largest = sorted(staying.items(), key=lambda item: -item[1])[:3]
-        named = ", ".join(f"{path or 'the model itself'} ({flops:,})" for path, flops in largest)
-        kept_dense = sum(staying.values())
-        limit = largest_feasible_widening(self.dense, wide, sparse, self.widening)
-        sparsity = 1 - limit**-2
-        return (
-            f"Widening by {self.widening:.4f} cannot cost the same FLOPs: what stays dense then costs {kept_dense:,}, the model "
-            f"given costs {self.dense.total:,}. The largest of it: {named}. The largest feasible widening is about {limit:.3f}, "
-            f"so use a sparsity below {sparsity:.3f}."
-        )
+
+def _decided(decision: LayerDecision, kept: int, numel: int) -> LayerDecision:
+    if kept == numel:
+        return dataclasses.replace(decision, sparse=False, reason="it keeps all its weights when FLOPs balance")
+    return dataclasses.replace(decision, kept=kept)
 
 
-def kept_weights(sizes: Mapping[str, int], prices: Mapping[str, int], density: float) -> dict[str, int]:
+def scaled_densities(densities: Mapping[str, float], costs: Mapping[str, int], budget: float) -> dict[str, float]:
+    """``min(1, c · density)`` of every layer, with c such that all layers together cost ``budget``.
+
+    Args:
+        densities: in (0, 1], by layer.
+        costs: FLOPs at density 1, by layer.
+        budget: FLOPs; with more than all layers cost, all densities are 1.
+    """
+    full: set[str] = set()
+    while len(full) < len(densities):
+        free = [path for path in densities if path not in full]
+        left = budget - sum(costs[path] for path in full)
+        scale = left / sum(densities[path] * costs[path] for path in free)
+        over = {path for path in free if scale * densities[path] >= 1}
+        if not over:
+            return {path: 1.0 if path in full else scale * density for path, density in densities.items()}
+        full |= over
+    return dict.fromkeys(densities, 1.0)
+
+
+def kept_weights(
+    sizes: Mapping[str, int], prices: Mapping[str, int], density: float | Mapping[str, float]
+) -> dict[str, int]:
     """Weights kept per layer, for a budget of ``density`` times the FLOPs of all.
 
     Args:
         sizes: weights of every layer's dense weight.
         prices: FLOPs of one weight of every layer.
-        density: kept share, in [0, 1].
+        density: kept share, in [0, 1]; of all layers or of each.
     """
-    kept = {path: min(numel, math.floor(density * numel * (1 + 1e-12))) for path, numel in sizes.items()}
-    left = density * sum(sizes[path] * prices[path] for path in sizes) - sum(
-        kept[path] * prices[path] for path in sizes
-    )
-    for path in sorted(sizes, key=lambda each: kept[each] - density * sizes[each]):
+    wanted = {
+        path: numel * (density[path] if isinstance(density, Mapping) else density) for path, numel in sizes.items()
+    }
+    kept = {path: min(numel, math.floor(wanted[path] * (1 + 1e-12))) for path, numel in sizes.items()}
+    left = sum(wanted[path] * prices[path] for path in sizes) - sum(kept[path] * prices[path] for path in sizes)
+    for path in sorted(sizes, key=lambda each: kept[each] - wanted[each]):
         if kept[path] < sizes[path] and prices[path] <= left * (1 + 1e-12):
             kept[path] += 1
             left -= prices[path]
     return kept
+
+
+def infeasible(dense: FlopCount, now: FlopCount, sparse: set[str], widening: float | None) -> UserError:
+    """The refusal of a rewrite whose dense part costs as much as the model given.
+
+    Args:
+        dense: FLOPs of the model given.
+        now: FLOPs of the rewritten model at density 1.
+        sparse: paths of the layers that may cost less.
+        widening: factor that was applied to widths, if any.
+    """
+    staying = {path: flops for path, flops in now.modules.items() if path not in sparse}
+    largest = sorted(staying.items(), key=lambda item: -item[1])[:3]
+    named = ", ".join(f"{path or 'the model itself'} ({flops:,})" for path, flops in largest)
+    cost = f"costs {sum(staying.values()):,}, the model given costs {dense.total:,}. The largest of it: {named}."
+    if widening is None or widening == 1:
+        return UserError(
+            f"The rewrite cannot cost the same FLOPs: what is dense in it {cost} Keep the smallest of the layers it takes dense."
+        )
+    limit = largest_feasible_widening(dense, now, sparse, widening)
+    return UserError(
+        f"Widening by {widening:.4f} cannot cost the same FLOPs: what stays dense then {cost} The largest feasible widening is "
+        f"about {limit:.3f}, so use a sparsity below {1 - limit**-2:.3f}."
+    )
 
 
 def largest_feasible_widening(dense: FlopCount, wide: FlopCount, sparse: set[str], widening: float) -> float:

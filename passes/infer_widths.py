@@ -20,6 +20,7 @@ from sift_compiler.nn import MaskHook, SparseLayer
 from sift_compiler.nn.attention import ScaledDotProductAttention
 from sift_compiler.passes import width_rules as rules
 from sift_compiler.passes import width_rules_shapes as _shapes  # noqa: F401  (fills the registry)
+from sift_compiler.passes.assign_rules import untouched
 from sift_compiler.passes.base import Pass, PassResult
 from sift_compiler.passes.conditions import SHAPES_KNOWN, WIDTHS_KNOWN
 from sift_compiler.passes.operators import module_path, place
@@ -32,6 +33,7 @@ class InferWidths(Pass):
 
     Args:
         pin: shell patterns of module paths or node names whose sizes, in and out, stay as they are.
+        rule: pattern under which a transformation takes layers; those of other transformations are pinned. None pins no layer.
 
     Raises:
         UnsupportedError: an operator has no width rule.
@@ -40,18 +42,19 @@ class InferWidths(Pass):
     requires = (SHAPES_KNOWN,)
     ensures = (WIDTHS_KNOWN,)
 
-    def __init__(self, pin: Sequence[str] = ()) -> None:
-        self.pin = tuple(pin)
+    def __init__(self, pin: Sequence[str] = (), rule: str | None = None) -> None:
+        self.pin, self.rule = tuple(pin), rule
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Walk, solve, and note the widths on the graph and its nodes."""
         context = WidthContext(graph_module)
+        foreign = () if self.rule is None else untouched(graph_module, self.rule)
         for node in graph_module.graph.nodes:
             if node.op == "output":
                 for each in node.all_input_nodes:
                     context.pin(context.of(each), f"{each.name} is an output of the model")
             elif node.op != "get_attr":
-                widths = self._widths(context, node)
+                widths = frozen(context, node) if node.target in foreign else self._widths(context, node)
                 _check(context, node, widths)
                 context.record(node, widths)
         for node in graph_module.graph.nodes:

@@ -9,13 +9,12 @@ one rank of its cheapest layer, and never more.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from sift_compiler.ir.annotations import LayerDecision
 from sift_compiler.ir.flops import FlopCount, count_flops
+from sift_compiler.ir.inputs import Inputs
 from sift_compiler.options import LowRank as Options
 from sift_compiler.passes.assign_rules import RULES_ASSIGNED, layers_of
 from sift_compiler.passes.balance_flops import infeasible
@@ -33,7 +32,7 @@ class LowRank(Pass):
         options: the transformation.
         rule: pattern under which it takes layers.
         dense: FLOPs of the model given.
-        inputs: the example that was counted, positional.
+        inputs: the example that was counted.
 
     Raises:
         UserError: what is not factorised already costs as much as the model given, or σ does not fit a layer.
@@ -42,7 +41,7 @@ class LowRank(Pass):
     requires = (LAYERS_DECIDED, RULES_ASSIGNED, SHAPES_KNOWN)
     ensures = (LAYERS_DECIDED, SHAPES_KNOWN)
 
-    def __init__(self, options: Options, rule: str, dense: FlopCount, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, options: Options, rule: str, dense: FlopCount, inputs: Inputs) -> None:
         self.options, self.rule, self.dense, self.inputs = options, rule, dense, inputs
 
     def call(self, graph_module: GraphModule) -> PassResult:

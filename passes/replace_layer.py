@@ -143,8 +143,13 @@ def like(
     assert isinstance(weight, nn.Parameter)
     new: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Conv2d):
-        geometry = (1, 1, 0, 1) if pointwise else (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        new = nn.Conv2d(size_in, size_out, *geometry, layer.groups, False, device="meta", dtype=weight.dtype)  # type: ignore[arg-type]
+        kernel, stride, padding, dilation = (
+            (1, 1, 0, 1) if pointwise else (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        )
+        new = nn.Conv2d(
+            size_in, size_out, kernel, stride, padding, dilation, layer.groups, False,  # type: ignore[arg-type]
+            device="meta", dtype=weight.dtype,
+        )  # fmt: skip
     else:
         new = nn.Linear(size_in, size_out, False, device="meta", dtype=weight.dtype)
     new.weight.requires_grad_(weight.requires_grad)

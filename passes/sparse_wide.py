@@ -45,6 +45,7 @@ class SparseWide(Pass):
         widening: factor on every free width, at least 1.
         round_to: widths are rounded to the nearest multiple of it; with 1 they are rounded down.
         seed: of the numbers drawn for bare parameters.
+        rule: pattern under which the transformation takes layers.
 
     Raises:
         UserError: the widening is too small to change any width.
@@ -55,8 +56,8 @@ class SparseWide(Pass):
     requires = (SHAPES_KNOWN, LAYERS_DECIDED, WIDTHS_KNOWN)
     ensures = (SHAPES_KNOWN,)
 
-    def __init__(self, widening: float, round_to: int = 8, seed: int = 0) -> None:
-        self.widening, self.round_to, self.seed = widening, round_to, seed
+    def __init__(self, widening: float, round_to: int = 8, seed: int = 0, rule: str = "") -> None:
+        self.widening, self.round_to, self.seed, self.rule = widening, round_to, seed, rule
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Widen parameters, modules and literals."""
@@ -94,7 +95,8 @@ class SparseWide(Pass):
         for path, decision in notes.decisions(graph_module).items():
             weight: Any = graph_module.get_submodule(path).weight
             decision = dataclasses.replace(decision, widened_shape=tuple(weight.shape))
-            if decision.sparse and decision.widened_shape == decision.weight_shape:
+            own = decision.sparse and decision.rule == self.rule
+            if own and decision.widened_shape == decision.weight_shape:
                 decision = dataclasses.replace(
                     decision, sparse=False, reason="neither its input nor its output can grow"
                 )

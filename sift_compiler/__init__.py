@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from sift_compiler.export import export
     from sift_compiler.ir.pattern import Pattern
     from sift_compiler.nn import SparseConv2d, SparseLinear
-    from sift_compiler.options import SET, CompileOptions, RigL, SparseWide, Static
+    from sift_compiler.options import (
+        SET,
+        CompileOptions,
+        LowRank,
+        RigL,
+        SparseDoped,
+        SparseFactorized,
+        SparseParallel,
+        SparseWide,
+        Static,
+    )
     from sift_compiler.report import report
     from sift_compiler.rewrite import rewrite
     from sift_compiler.schedule import schedule
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CompileOptions": "options",
+    "LowRank": "options",
     "PassError": "errors",
     "Pattern": "ir.pattern",
     "RigL": "options",
@@ -37,7 +48,10 @@ _HOMES = {
     "SET": "options",
     "SiftError": "errors",
     "SparseConv2d": "nn",
+    "SparseDoped": "options",
+    "SparseFactorized": "options",
     "SparseLinear": "nn",
+    "SparseParallel": "options",
     "SparseWide": "options",
     "StaleArtifactError": "errors",
     "Static": "options",
@@ -56,13 +70,17 @@ _HOMES = {
 __all__ = [
     "SET",
     "CompileOptions",
+    "LowRank",
     "PassError",
     "Pattern",
     "RigL",
     "RuntimeBuildError",
     "SiftError",
     "SparseConv2d",
+    "SparseDoped",
+    "SparseFactorized",
     "SparseLinear",
+    "SparseParallel",
     "SparseWide",
     "StaleArtifactError",
     "Static",

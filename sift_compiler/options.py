@@ -14,7 +14,11 @@ from sift_compiler.errors import UserError, unknown_name
 
 Initialisation = Literal["paper", "default"]
 Decay = Literal["cosine", "constant"]
-Distribution = Literal["uniform"]
+Distribution = Literal["uniform", "er", "erk"]
+Sigma = Literal["bn_relu", "relu", "gelu", "identity"]
+INITIALISATIONS: tuple[Initialisation, ...] = ("paper", "default")
+DISTRIBUTIONS: tuple[Distribution, ...] = ("uniform", "er", "erk")
+SIGMAS: tuple[Sigma, ...] = ("bn_relu", "relu", "gelu", "identity")
 
 _Options = TypeVar("_Options")
 
@@ -30,17 +34,13 @@ def _whole(value: object) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseWide:
-    """Widen every hidden layer by (1 - sparsity)^(-1/2) and sparsify it, at equal FLOPs (Sparse-IFT, Sec. 3.2.1)."""
+class Transformation:
+    """What all rewrites share; use one of its children. In a mix every pattern of module paths has one of its own."""
 
     sparsity: float
-    """Share of weights removed from a widened layer, in [0, 1); it sets the widening. The sparsity that is applied is the one that balances FLOPs."""
-    round_to: int = 8
-    """Widths are rounded to the nearest multiple of this, at least 1. With 1 widths are rounded down, as the released code of the paper does."""
+    """Share of weights removed, in [0, 1); it sets how much wider or deeper layers become. What is applied is what balances FLOPs."""
     dense: tuple[str, ...] = ()
     """Module paths (shell patterns such as ``"layer1.*"``) that stay dense, besides the first convolution and the classifier."""
-    pin: tuple[str, ...] = ()
-    """Module paths or node names (shell patterns) whose sizes, in and out, stay as they are; for operators without a width rule."""
     seed: int = 0
     """Seed of the random masks and of the new weights."""
     init: Initialisation = "paper"
@@ -49,15 +49,128 @@ class SparseWide:
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise _refuse(self, "sparsity", "at least 0 and below 1")
+        if self.init not in INITIALISATIONS:
+            raise unknown_name("initialisation", self.init, INITIALISATIONS)
+
+    @property
+    def name(self) -> str:
+        """The transformation's name in the paper."""
+        return type(self).__name__
+
+    @property
+    def identity(self) -> bool:
+        """Whether it changes nothing."""
+        return self.sparsity == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Masked(Transformation):
+    distribution: Distribution | Mapping[str, float] = "uniform"
+    """How densities differ between layers before all are scaled to balance FLOPs: ``"uniform"``; ``"er"``, ``"erk"`` (Erdős–Rényi, with
+    kernel: more of small layers); or sparsities by pattern of module paths, the first that fits; other layers have ``sparsity``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.distribution, Mapping):
+            for pattern, sparsity in self.distribution.items():
+                if not isinstance(pattern, str) or not 0 <= sparsity < 1:
+                    raise _refuse(self, "distribution", "a map of patterns to sparsities of at least 0 and below 1")
+        elif self.distribution not in DISTRIBUTIONS:
+            raise unknown_name("distribution", self.distribution, DISTRIBUTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseWide(_Masked):
+    """Widen every hidden layer by (1 - sparsity)^(-1/2) and sparsify it, at equal FLOPs (Sparse-IFT, Sec. 3.2.1)."""
+
+    round_to: int = 8
+    """Widths are rounded to the nearest multiple of this, at least 1. With 1 widths are rounded down, as the released code of the paper does."""
+    pin: tuple[str, ...] = ()
+    """Module paths or node names (shell patterns) whose sizes, in and out, stay as they are; for operators without a width rule."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.round_to < 1:
             raise _refuse(self, "round_to", "at least 1")
-        if self.init not in ("paper", "default"):
-            raise unknown_name("initialisation", self.init, ("paper", "default"))
 
     @property
     def widening(self) -> float:
         """Factor on every hidden width, (1 - sparsity)^(-1/2)."""
         return float((1 - self.sparsity) ** -0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Local(_Masked):
+    sigma: Sigma | None = None
+    """The non-linearity inside: ``"bn_relu"`` (batch norm, then ReLU), ``"relu"``, ``"gelu"`` or ``"identity"``. None, the default, is
+    ``"bn_relu"`` for convolutions and ``"gelu"`` for linear layers, which may see sequences that a batch norm does not fit."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_sigma(self.sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseParallel(_Local):
+    """Every layer becomes a sum of 1 / (1 - sparsity) sparse branches, each with a non-linearity (Sparse-IFT, Sec. 3.2.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseFactorized(_Local):
+    """Every layer becomes two sparse ones, V σ(U x), with an inner width beyond full rank (Sparse-IFT, Sec. 3.2.3)."""
+
+    @property
+    def identity(self) -> bool:
+        """Never: without sparsity it is a dense factorisation."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseDoped(_Local):
+    """Every layer becomes a sparse one beside a dense factorisation, V σ(U x) + σ(W x) (Sparse-IFT, Sec. 3.2.4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Transformation):
+    """The paper's dense baseline (App. B.3.2): widths as in Sparse Wide, every layer a product V σ(U x) of the rank that costs the same."""
+
+    round_to: int = 8
+    """As in :class:`SparseWide`."""
+    pin: tuple[str, ...] = ()
+    """As in :class:`SparseWide`."""
+    sigma: Sigma | None = "identity"
+    """As in :class:`SparseFactorized`; a plain product by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.round_to < 1:
+            raise _refuse(self, "round_to", "at least 1")
+        _check_sigma(self.sigma)
+
+    @property
+    def widening(self) -> float:
+        """Factor on every hidden width, (1 - sparsity)^(-1/2)."""
+        return float((1 - self.sparsity) ** -0.5)
+
+    @property
+    def identity(self) -> bool:
+        """Never: without widening it is a dense factorisation."""
+        return False
+
+
+TRANSFORMATIONS: Mapping[str, type[Transformation]] = {
+    "wide": SparseWide,
+    "parallel": SparseParallel,
+    "factorized": SparseFactorized,
+    "doped": SparseDoped,
+    "low-rank": LowRank,
+}
+"""Every rewrite by its short name."""
+
+
+def _check_sigma(sigma: str | None) -> None:
+    if sigma is not None and sigma not in SIGMAS:
+        raise unknown_name("sigma", sigma, SIGMAS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,38 +12,96 @@ from sift_compiler.ir.inputs import Inputs
 from sift_compiler.observe.instruments import Dump, Observer, Timer
 from sift_compiler.observe.log import configure_logging
 from sift_compiler.observe.settings import from_environment
-from sift_compiler.options import SparseWide
+from sift_compiler.options import (
+    LowRank,
+    SparseDoped,
+    SparseFactorized,
+    SparseParallel,
+    SparseWide,
+    Transformation,
+)
+from sift_compiler.passes.assign_rules import AssignRules, Rules
 from sift_compiler.passes.attach_masks import AttachMasks
 from sift_compiler.passes.balance_flops import BalanceFlops
 from sift_compiler.passes.base import PassResult
 from sift_compiler.passes.clean import Clean
+from sift_compiler.passes.distribute_sparsity import DistributeSparsity
 from sift_compiler.passes.infer_widths import InferWidths
 from sift_compiler.passes.initialise import Initialise
+from sift_compiler.passes.low_rank import LowRank as LowerRanks
 from sift_compiler.passes.manager import Outcome, run_passes
 from sift_compiler.passes.select_layers import SelectLayers
+from sift_compiler.passes.sparse_doped import SparseDoped as DopeLayers
+from sift_compiler.passes.sparse_factorized import SparseFactorized as FactorizeLayers
+from sift_compiler.passes.sparse_parallel import SparseParallel as AddBranches
+from sift_compiler.passes.sparse_parallel import branches
 from sift_compiler.passes.sparse_wide import SparseWide as WidenLayers
 
 Step = Callable[[GraphModule], PassResult]
 
 
-def sparse_wide(options: SparseWide, dense: FlopCount, inputs: Inputs, device: torch.device) -> tuple[Step, ...]:
-    """Dense to iso-FLOP Sparse Wide.
+def rewriting(rules: Rules, dense: FlopCount, inputs: Inputs, device: torch.device) -> tuple[Step, ...]:
+    """Dense to iso-FLOP sparse, masks and values included.
 
     Args:
-        options: what the user chose.
+        rules: transformations by pattern of module paths; at least one, and all with the same seed and initialisation.
         dense: FLOPs of the dense graph.
         inputs: the example that was counted.
         device: where new parameters go.
     """
+    any_one = next(each for each in rules.values() if each is not None)
     return (
-        SelectLayers(options.dense),
-        InferWidths(options.pin),
-        WidenLayers(options.widening, options.round_to, options.seed),
-        BalanceFlops(dense, inputs, options.widening),
-        AttachMasks(options.seed, device),
-        Initialise(options.init, options.seed, device),
+        *planning(rules, dense, inputs),
+        AttachMasks(any_one.seed, device),
+        Initialise(any_one.init, any_one.seed, device),
         Clean(),
     )
+
+
+def planning(rules: Rules, dense: FlopCount, inputs: Inputs) -> tuple[Step, ...]:
+    """Up to the number of weights every layer keeps: geometry and counts, no masks and no values."""
+    chosen = {rule: each for rule, each in rules.items() if each is not None}
+    widening = next((each.widening for each in chosen.values() if isinstance(each, (SparseWide, LowRank))), None)
+    return (
+        SelectLayers(tuple(pattern for each in chosen.values() for pattern in each.dense)),
+        AssignRules(rules),
+        *(step for rule, each in chosen.items() for step in _widening(rule, each)),
+        *(step for rule, each in chosen.items() for step in _replacing(rule, each, dense, inputs)),
+        *(step for rule, each in chosen.items() for step in _distributing(rule, each)),
+        BalanceFlops(dense, inputs, widening),
+    )
+
+
+def _widening(rule: str, options: Transformation) -> tuple[Step, ...]:
+    if not isinstance(options, (SparseWide, LowRank)):
+        return ()
+    return (
+        InferWidths(options.pin, rule),
+        WidenLayers(options.widening, options.round_to, options.seed, rule),
+    )
+
+
+def _replacing(rule: str, options: Transformation, dense: FlopCount, inputs: Inputs) -> tuple[Step, ...]:
+    match options:
+        case SparseParallel():
+            return (AddBranches(options, rule),)
+        case SparseFactorized():
+            return (FactorizeLayers(options, rule, dense),)
+        case SparseDoped():
+            return (DopeLayers(options, rule),)
+        case LowRank():
+            return (LowerRanks(options, rule, dense, inputs),)
+    return ()
+
+
+def _distributing(rule: str, options: Transformation) -> tuple[Step, ...]:
+    match options:
+        case SparseParallel():
+            # A whole number of branches has a sparsity of its own; equal for all it would not matter, in a mix it does.
+            return (DistributeSparsity(1 - 1 / branches(options.sparsity), options.distribution, rule),)
+        case SparseWide() | SparseFactorized() | SparseDoped():
+            return (DistributeSparsity(options.sparsity, options.distribution, rule),)
+    return ()
 
 
 def run(graph_module: GraphModule, steps: Sequence[Step], observers: Sequence[Observer] = ()) -> Outcome:

@@ -15,9 +15,9 @@ import pytest
 import sift_compiler as sift
 
 NAMES = {
-    "SET", "CompileOptions", "PassError", "Pattern", "RigL", "RuntimeBuildError", "SiftError", "SparseConv2d", "SparseLinear",
-    "SparseWide", "StaleArtifactError", "Static", "UnsupportedError", "UserError", "export", "load", "load_checkpoint", "report",
-    "rewrite", "save", "schedule",
+    "SET", "CompileOptions", "LowRank", "PassError", "Pattern", "RigL", "RuntimeBuildError", "SiftError", "SparseConv2d",
+    "SparseDoped", "SparseFactorized", "SparseLinear", "SparseParallel", "SparseWide", "StaleArtifactError", "Static",
+    "UnsupportedError", "UserError", "export", "load", "load_checkpoint", "report", "rewrite", "save", "schedule",
 }  # fmt: skip
 
 

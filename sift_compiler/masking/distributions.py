@@ -26,7 +26,7 @@ def uniform(shapes: Sequence[Shape], sparsity: float) -> list[float]:
 
 
 def erdos_renyi_kernel(shapes: Sequence[Shape], sparsity: float) -> list[float]:
-    """The density of each layer, in (0, 1], proportional to (sum of its shape) / (product of its shape).
+    """The density of each layer, in (0, 1], proportional to (sum of its shape) / (product of its shape) (RigL, Sec. 3).
 
     A layer whose share would exceed 1 becomes dense and the others make up for it, until all fit. All layers together keep as
     many weights as under :func:`uniform` (before rounding to whole weights).
@@ -34,11 +34,25 @@ def erdos_renyi_kernel(shapes: Sequence[Shape], sparsity: float) -> list[float]:
     Raises:
         UserError: ``sparsity`` is not in [0, 1), or a shape holds no weight.
     """
+    return _proportional(shapes, shapes, sparsity)
+
+
+def erdos_renyi(shapes: Sequence[Shape], sparsity: float) -> list[float]:
+    """As :func:`erdos_renyi_kernel`, from the first two sizes of each shape only: kernels do not count (Mocanu et al. 2018).
+
+    Raises:
+        UserError: as there.
+    """
+    return _proportional(shapes, [shape[:2] for shape in shapes], sparsity)
+
+
+def _proportional(shapes: Sequence[Shape], counted: Sequence[Shape], sparsity: float) -> list[float]:
+    """Densities proportional to sum / product of ``counted``, for weights of ``shapes``."""
     _check(sparsity)
     sizes = [math.prod(shape) for shape in shapes]
     if not all(sizes):
         raise UserError(f"Every shape must hold at least one weight; got {[tuple(shape) for shape in shapes]}.")
-    raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
+    raw = [sum(shape) / math.prod(shape) for shape in counted]
     kept = [kept_entries(size, sparsity) for size in sizes]
     dense: set[int] = set()
     while len(dense) < len(shapes):
