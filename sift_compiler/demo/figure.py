@@ -86,7 +86,8 @@ def _caption(report: DemoReport) -> str:
     seeds = len(report.dense.runs)
     band = f"lines: mean of {seeds} seeds, bands: worst to best" if seeds > 1 else "one seed"
     ratios = ", ".join(f"{n.flops / report.dense.flops:.4f}" for n in report.networks[1:])
+    shown = min(report.recipe.curve_images, report.test_images)
     return (
-        f"{report.train_images} training and {report.test_images} test images; {band}; FLOPs over dense: {ratios}; "
-        f"legend: accuracy after the last epoch, mean ± std"
+        f"{report.train_images} training images; accuracy curves on {shown} test images, legend on all {report.test_images} "
+        f"after the last epoch (mean ± std);\n{band}; FLOPs over dense: {ratios}"
     )
