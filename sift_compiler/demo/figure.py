@@ -31,7 +31,9 @@ def draw(report: DemoReport, path: Path) -> None:
     _dress(left, "test accuracy (%)", report.recipe.epochs)
     _dress(right, "training loss (cross-entropy, nats)", report.recipe.epochs)
     _fit_accuracy(left, report.networks)
-    right.set_yscale("log")
+    low, high = right.get_ylim()
+    if high > 5 * max(low, 0.0):
+        right.set_yscale("log")
     left.legend(frameon=False, loc="lower right", fontsize=9)
     figure.suptitle(_title(report), x=0.01, ha="left", fontsize=12, fontweight="bold")
     figure.supxlabel(_caption(report), x=0.01, ha="left", fontsize=8.5, color="#555555")
@@ -55,7 +57,10 @@ def _dress(axes: Any, name: str, epochs: int) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel(name)
     axes.set_xlim((1, epochs) if epochs > 1 else (0.5, 1.5))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    if epochs > 1:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        axes.set_xticks([1])
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
