@@ -16,6 +16,7 @@ from sift_compiler.lowering.plan import LayerPlan
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.runtimes.base import Specialisations
 from sift_compiler.runtimes.recompile import MaskWatch
+from sift_compiler.runtimes.tvm.output import fresh_output
 from sift_compiler.runtimes.tvm.part import Part
 from sift_compiler.runtimes.tvm.workspace import scratch
 
@@ -59,7 +60,7 @@ class TvmKernel:
             prepared = self._prepare(shape, index)
         x, values = x.detach().contiguous(), values.detach().contiguous()
         bias = self._no_bias if bias is None else bias.detach().contiguous()
-        y = torch.empty(self._output_shape(shape))
+        y = fresh_output(self._output_shape(shape))
         if y.numel():
             self._run(prepared[1], x, values, bias, y)
         self.specialisations.calls += 1

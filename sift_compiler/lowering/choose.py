@@ -34,13 +34,15 @@ def _block(spec: LayerSpec, vectors: int, bytes_per_channel: int, cpu: CpuFacts)
     """Input channels per block.
 
     The window should share the first-level cache with partial sums that stream by. But a block must keep some weights per row (18 to
-    30, the more the fewer vectors each serves), or going back to the partial sums costs more than reading some of x from the second
+    40, the more the fewer vectors each serves), or going back to the partial sums costs more than reading some of x from the second
     level; up to twice the first level pays.
     """
     kept_per_channel = max(1 - _sparsity(spec), 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] / spec.groups
     comfortable = 0.87 * cpu.l1_bytes / bytes_per_channel
     most = min(
-        max(comfortable, (34 - vectors) / kept_per_channel), 2 * cpu.l1_bytes / bytes_per_channel, spec.in_channels
+        max(comfortable, max(18, 42 - 2 * vectors) / kept_per_channel),
+        2 * cpu.l1_bytes / bytes_per_channel,
+        spec.in_channels,
     )
     return -(-spec.in_channels // -(-spec.in_channels // max(1, int(most))))
 
@@ -50,7 +52,7 @@ def _cost(spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int)
     and one per row and block that the kept weights of ``channels`` share (constants fitted to measurements)."""
     density = 1 - _sparsity(spec)
     fewer_shared = 1 + 0.32 * max(0.0, density - 0.25) * (3 - rows)
-    more_loops = 1.02 if density < 0.2 and rows > 1 else 1.0
+    more_loops = 1.05 if density < 0.2 and rows > 1 else 1.0
     kept = max(density, 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] * channels / spec.groups
     return waste * (1 + 0.9 / vectors) * (1 + 5 / kept) * fewer_shared * more_loops
 
