@@ -18,15 +18,12 @@ from typer.core import TyperGroup
 
 from sift_compiler.errors import SiftError, UserError, unknown_name
 from sift_compiler.observe.settings import from_environment
+from sift_compiler.options import TRANSFORMATIONS, Transformation, from_mapping
 
 if TYPE_CHECKING:
     from sift_compiler.commands.inspection import Inspection
-    from sift_compiler.options import SparseWide
 
 # torch, TVM and the model are imported by the command that needs them: sift --help is instant, and sift doctor runs without them.
-
-TRANSFORMS = ("wide",)
-"""Names of the rewrites."""
 
 _DEBUG = "debug"
 
@@ -75,15 +72,20 @@ def rewrite(
     model: _Model,
     sparsity: Annotated[float, typer.Option(help="Share of weights removed from a widened layer, in [0, 1).")],
     input_: _Input = None,
-    transform: Annotated[str, typer.Option(help=f"One of: {', '.join(TRANSFORMS)}.")] = "wide",
+    transform: Annotated[str, typer.Option(help=f"One of: {', '.join(TRANSFORMATIONS)}.")] = "wide",
     seed: Annotated[int, typer.Option(help="Seed of masks and new weights.")] = 0,
-    round_to: Annotated[int, typer.Option(help="Widths are multiples of this; 1 rounds down, as the paper's code.")] = 8,
+    round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this, 8 by default; 1 rounds down. wide, low-rank.")] = None,
+    distribution: Annotated[str | None, typer.Option(help="How densities differ between layers: uniform, er or erk.")] = None,
     dense: Annotated[list[str] | None, typer.Option(help="Layers that stay dense, e.g. 'layer1.*'. Repeatable.")] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="Modules or nodes whose sizes stay. Repeatable. wide, low-rank.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the sparse model goes (.pt2); without it only the report is shown.")] = None,
     as_json: _Json = False,
 ) -> None:  # fmt: skip
     """Make MODEL an iso-FLOP sparse one and show what changed."""
-    options = _transform(transform, sparsity=sparsity, seed=seed, round_to=round_to, dense=tuple(dense or ()))
+    options = _transformation(
+        transform, sparsity=sparsity, seed=seed, round_to=round_to, distribution=distribution,
+        dense=tuple(dense or ()), pin=tuple(pin) if pin else None,
+    )  # fmt: skip
     with _busy("Rewriting"):
         from sift_compiler.commands.model_source import find_model
         from sift_compiler.report import report
@@ -203,12 +205,11 @@ def main() -> None:
     app()
 
 
-def _transform(name: str, **options: Any) -> SparseWide:
-    from sift_compiler.options import SparseWide
-
-    if name not in TRANSFORMS:
-        raise unknown_name("transform", name, TRANSFORMS)
-    return SparseWide(**options)
+def _transformation(name: str, **options: Any) -> Transformation:
+    """The transformation called ``name``, with the options that were given; one it does not have is refused."""
+    if name not in TRANSFORMATIONS:
+        raise unknown_name("transform", name, TRANSFORMATIONS)
+    return from_mapping(TRANSFORMATIONS[name], {key: value for key, value in options.items() if value is not None})
 
 
 def _inputs(model: object, given: Sequence[str] | None) -> tuple[Any, ...]:

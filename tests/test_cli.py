@@ -74,6 +74,12 @@ def test_rewrite_reports_as_json_and_saves_nothing_unasked(factory: str) -> None
     assert found["file"] is None
 
 
+@pytest.mark.parametrize("name", ["wide", "parallel", "factorized", "doped", "low-rank"])
+def test_every_transformation_keeps_the_flops(factory: str, name: str) -> None:
+    found = as_json("rewrite", factory, "--input", "f32[8,16]", "--sparsity", "0.5", "--transform", name)
+    assert found["ratio"] == pytest.approx(1.0, abs=0.02)
+
+
 def test_rewrite_takes_programs_and_ready_models(factory: str, tmp_path: Path) -> None:
     dense = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
     free = ({0: torch.export.Dim("batch")},)
@@ -137,7 +143,9 @@ def refused(*arguments: str | Path) -> str:
     [
         ({"--sparsity": "1.0"}, "at least 0 and below 1"),
         ({"--sparsity": "-0.1"}, "at least 0 and below 1"),
-        ({"--transform": "wied"}, "Did you mean 'wide'? Known: wide"),
+        ({"--transform": "wied"}, "Did you mean 'wide'? Known: doped, factorized, low-rank, parallel, wide"),
+        ({"--transform": "parallel", "--round-to": "4"}, "option of SparseParallel 'round_to'"),
+        ({"--distribution": "erc"}, "Known: er, erk, uniform"),
         ({"--round-to": "0"}, "round_to must be at least 1"),
         ({"--input": "f32(8,16)"}, "f32[16,3,224,224]"),
         ({"--input": "f32[8,0]"}, "at least 1"),
