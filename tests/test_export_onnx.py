@@ -117,6 +117,33 @@ def test_file_size_follows_the_kept_weights(tmp_path: Path) -> None:
     assert largest_error(path, module, torch.randn(3, 700)) < TOLERANCE
 
 
+def test_rewritten_trained_and_hooked_model(tmp_path: Path) -> None:
+    dense = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(24), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 40), nn.ReLU(), nn.Dropout(0.3),
+        nn.Linear(40, 10),
+    )  # fmt: skip
+    x = torch.randn(6, 3, 9, 9)
+    sparse = sift.rewrite(dense, x, sift.SparseWide(sparsity=0.75))
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    masks = sift.schedule(sparse, optimizer, sift.RigL(delta_t=1, end_step=10))
+    for _ in range(3):
+        optimizer.zero_grad()
+        sparse(x).square().mean().backward()
+        optimizer.step()
+    path = sift.export(sparse, x, tmp_path / "m.onnx", runtime="onnx")
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert operators.count("ScatterElements") == sum(
+        isinstance(m, (SparseConv2d, SparseLinear)) for m in sparse.modules()
+    )
+    optimizer.zero_grad()
+    sparse(x).square().mean().backward()
+    optimizer.step()  # the hooks still work
+    assert len(masks.updates) == 4
+    path = sift.export(sparse, x, tmp_path / "m.onnx", runtime="onnx")
+    assert largest_error(path, sparse, torch.randn(2, 3, 9, 9)) < TOLERANCE
+
+
 def test_empty_pattern_extra_dimensions_and_two_inputs(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
