@@ -30,7 +30,12 @@ def shadowed(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> I
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with training_mode(module, False), _reparametrize_module(module, state, tie_weights=True), mode, torch.no_grad():
+        with (
+            training_mode(module, False),
+            _reparametrize_module(module, state, tie_weights=True),
+            mode,
+            torch.no_grad(),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
