@@ -6,7 +6,7 @@ density 1:
     s* = 1 - (F - D) / S            (derived; it also pays for what a wider first layer and classifier, which stay dense, cost more)
 
 Where layers have densities ρ_l of their own, all are scaled by (F - D) / Σ ρ_l S_l; one that would exceed 1 stays dense and the others
-make up for it. Solved from the actual integer sizes, 1x1 convolutions that a rewrite added included. Every layer keeps
+make up for it. In a mix every transformation first gets the densities at which it costs what its own layers did. Solved from the actual integer sizes, 1x1 convolutions that a rewrite added included. Every layer keeps
 floor(density · numel) weights; the FLOPs that rounding down leaves over buy at most one weight more per layer, largest remainder
 first, so that small models balance too.
 """
@@ -62,7 +62,7 @@ class BalanceFlops(Pass):
         budget = self.dense.total - kept_dense
         if budget < 0 or (chosen and not (budget and sparsifiable)):
             raise infeasible(self.dense, now, set(chosen), self.widening)
-        densities = scaled_densities({path: made[path].density or 1.0 for path in chosen}, costs, budget)
+        densities = scaled_densities(self._densities(made, now), costs, budget)
         sizes = {path: math.prod(made[path].widened_shape) for path in chosen}
         prices = {path: costs[path] // sizes[path] for path in chosen}
         for path, kept in kept_weights(sizes, prices, densities).items():
@@ -76,6 +76,19 @@ class BalanceFlops(Pass):
         return PassResult(
             graph_module, tuple(f"{path} keeps {each.kept}" for path, each in made.items() if each.sparse)
         )
+
+    def _densities(self, made: Mapping[str, LayerDecision], now: FlopCount) -> dict[str, float]:
+        """Densities at which every transformation costs what its own layers did, so that in a mix none pays for another."""
+        found: dict[str, float] = {}
+        for rule in {decision.rule for decision in made.values()}:
+            own = [decision for decision in made.values() if decision.rule == rule]
+            nominal = {each.path: each.density or 1.0 for each in own if each.sparse}
+            given = sum(self.dense.of(path) for path in {each.origin or each.path for each in own})
+            left = given - sum(now.of(each.path) for each in own if not each.sparse)
+            asked = sum(density * now.of(path) for path, density in nominal.items())
+            scale = left / asked if left > 0 and asked else 1.0
+            found.update({path: scale * density for path, density in nominal.items()})
+        return found
 
     def _nothing_to_remove(self, graph_module: GraphModule) -> PassResult:
         made = {
@@ -99,7 +112,7 @@ def scaled_densities(densities: Mapping[str, float], costs: Mapping[str, int], b
     """``min(1, c · density)`` of every layer, with c such that all layers together cost ``budget``.
 
     Args:
-        densities: in (0, 1], by layer.
+        densities: above 0, by layer.
         costs: FLOPs at density 1, by layer.
         budget: FLOPs; with more than all layers cost, all densities are 1.
     """

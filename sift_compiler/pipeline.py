@@ -34,7 +34,6 @@ from sift_compiler.passes.select_layers import SelectLayers
 from sift_compiler.passes.sparse_doped import SparseDoped as DopeLayers
 from sift_compiler.passes.sparse_factorized import SparseFactorized as FactorizeLayers
 from sift_compiler.passes.sparse_parallel import SparseParallel as AddBranches
-from sift_compiler.passes.sparse_parallel import branches
 from sift_compiler.passes.sparse_wide import SparseWide as WidenLayers
 
 Step = Callable[[GraphModule], PassResult]
@@ -95,13 +94,9 @@ def _replacing(rule: str, options: Transformation, dense: FlopCount, inputs: Inp
 
 
 def _distributing(rule: str, options: Transformation) -> tuple[Step, ...]:
-    match options:
-        case SparseParallel():
-            # A whole number of branches has a sparsity of its own; equal for all it would not matter, in a mix it does.
-            return (DistributeSparsity(1 - 1 / branches(options.sparsity), options.distribution, rule),)
-        case SparseWide() | SparseFactorized() | SparseDoped():
-            return (DistributeSparsity(options.sparsity, options.distribution, rule),)
-    return ()
+    if not isinstance(options, (SparseWide, SparseParallel, SparseFactorized, SparseDoped)):
+        return ()
+    return (DistributeSparsity(options.sparsity, options.distribution, rule),)
 
 
 def run(graph_module: GraphModule, steps: Sequence[Step], observers: Sequence[Observer] = ()) -> Outcome:

@@ -35,6 +35,7 @@ class LayerReport:
         flops_before: FLOPs of the layer's calls in one forward pass of the dense model.
         flops_after: the same in the sparse model, of kept weights only.
         reason: why the layer is sparse or dense; empty where the model does not tell (a saved model).
+        origin: path of the layer of the dense model in whose place it stands with others; empty for a layer that is one itself.
     """
 
     path: str
@@ -46,6 +47,54 @@ class LayerReport:
     flops_before: int
     flops_after: int
     reason: str
+    origin: str = ""
+
+    @property
+    def search_space(self) -> int:
+        """Weights a mask may choose from: all of a sparse layer's, none of a dense one's."""
+        return _numel(self.shape_after) if self.kind.startswith("Sparse") else 0
+
+
+@dataclass(frozen=True)
+class ReplacementReport:
+    """One layer of the dense model, and the several that stand in its place.
+
+    Attributes:
+        path: module path of the layer, of their container now.
+        summary: what stands in its place.
+        shape_before: shape of the dense weight, or None if the dense model has no such layer.
+        flops_before: FLOPs of the layer's calls in one forward pass of the dense model.
+        parts: the layers in its place, each with its path.
+    """
+
+    path: str
+    summary: str
+    shape_before: tuple[int, ...] | None
+    flops_before: int
+    parts: tuple[LayerReport, ...]
+
+    @property
+    def flops_after(self) -> int:
+        """FLOPs of all parts."""
+        return sum(part.flops_after for part in self.parts)
+
+    @property
+    def kept(self) -> int:
+        """Weights of all parts, biases excluded."""
+        return sum(part.kept for part in self.parts)
+
+    @property
+    def search_space(self) -> int:
+        """Weights the masks of the parts may choose from (the cardinality of Sparse-IFT, Sec. 3.1)."""
+        return sum(part.search_space for part in self.parts)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Everything but the parts' own numbers, as plain data."""
+        return {
+            "path": self.path, "summary": self.summary, "shape_before": self.shape_before, "flops_before": self.flops_before,
+            "flops_after": self.flops_after, "kept": self.kept, "search_space": self.search_space,
+            "parts": [part.path for part in self.parts],
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +112,7 @@ class Report:
         dense_bytes: memory of parameters and buffers of the dense model.
         sparse_bytes: the same of the sparse model, positions of kept weights included.
         layers: every convolution and linear layer of the sparse model.
+        replacements: the layers of the dense model that became several.
     """
 
     dense_flops: int
@@ -72,6 +122,7 @@ class Report:
     dense_bytes: int
     sparse_bytes: int
     layers: tuple[LayerReport, ...]
+    replacements: tuple[ReplacementReport, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -87,7 +138,7 @@ class Report:
     @property
     def search_space(self) -> int:
         """Weights the masks may choose from, over all sparse layers (the cardinality of Sparse-IFT, Sec. 3.1)."""
-        return sum(_numel(layer.shape_after) for layer in self._sparse)
+        return sum(layer.search_space for layer in self.layers)
 
     @property
     def _sparse(self) -> tuple[LayerReport, ...]:
@@ -96,12 +147,33 @@ class Report:
     def to_json(self) -> str:
         """Everything, as a JSON object."""
         totals = {"ratio": self.ratio, "sparsity": self.sparsity, "search_space": self.search_space}
-        return json.dumps({**totals, **dataclasses.asdict(self)}, indent=2)
+        plain = {
+            **dataclasses.asdict(self),
+            "layers": [{**dataclasses.asdict(layer), "search_space": layer.search_space} for layer in self.layers],
+            "replacements": [each.to_plain() for each in self.replacements],
+        }
+        return json.dumps({**totals, **plain}, indent=2)
 
     def __str__(self) -> str:
         """An aligned table, totals below."""
-        head = ("layer", "kind", "weight before", "weight after", "sparsity", "kept", "MFLOPs before", "after", "why")
-        rows = [_cells(layer) for layer in self.layers]
+        head = (
+            "layer",
+            "kind",
+            "weight before",
+            "weight after",
+            "sparsity",
+            "kept",
+            "chosen from",
+            "MFLOPs before",
+            "after",
+            "why",
+        )
+        wholes = {each.path: each for each in self.replacements}
+        rows: list[tuple[str, ...]] = []
+        for layer in self.layers:
+            whole = wholes.pop(layer.origin, None)
+            rows += [_whole_cells(whole)] if whole is not None else []
+            rows.append(_cells(layer))
         totals = (
             f"FLOPs       {self.dense_flops:>16,} → {self.sparse_flops:>16,}   ratio {self.ratio:.6f}\n"
             f"parameters  {self.dense_parameters:>16,} → {self.sparse_parameters:>16,}\n"
@@ -134,9 +206,10 @@ def report(
         raise UserError(
             "The dense model has no convolution, linear layer or matrix product, so there is no ratio of FLOPs."
         )
+    layers = _layers(dense, sparse, before, after)
     return Report(
         before.total, after.total, _parameters(dense), _parameters(sparse), _bytes(dense), _bytes(sparse),
-        tuple(_layers(dense, sparse, before, after)),
+        tuple(layers), _replacements(dense, sparse, before, layers),
     )  # fmt: skip
 
 
@@ -151,24 +224,42 @@ def _counted(module: object, inputs: Inputs, name: str) -> FlopCount:
 
 def _layers(dense: nn.Module, sparse: nn.Module, before: FlopCount, after: FlopCount) -> list[LayerReport]:
     decisions = notes.decisions(sparse) if isinstance(sparse, fx.GraphModule) else {}
-    originals = dict(dense.named_modules(remove_duplicate=False))
     found = []
     for path, layer in sparse.named_modules():
         if not isinstance(layer, _WEIGHTED):
             continue
-        weight: Any = getattr(originals.get(path), "weight", None)
         if isinstance(layer, SparseLayer):
             shape, kept = layer.weight_shape, layer.values.numel()
         else:
             shape, kept = tuple(layer.weight.shape), layer.weight.numel()
-        reason = decisions[path].reason if path in decisions else ""
+        decision = decisions.get(path)
+        reason, origin = ("", "") if decision is None else (decision.reason, decision.origin)
         found.append(
             LayerReport(
-                path, type(layer).__name__, tuple(weight.shape) if isinstance(weight, Tensor) else None, shape,
-                1 - kept / _numel(shape), kept, before.of(path), after.of(path), reason,
+                path, type(layer).__name__, _weight_shape(dense, path), shape,
+                1 - kept / _numel(shape), kept, before.of(path), after.of(path), reason, origin,
             )
         )  # fmt: skip
     return found
+
+
+def _replacements(
+    dense: nn.Module, sparse: nn.Module, before: FlopCount, layers: Sequence[LayerReport]
+) -> tuple[ReplacementReport, ...]:
+    summaries = notes.replacements(sparse) if isinstance(sparse, fx.GraphModule) else {}
+    return tuple(
+        ReplacementReport(
+            path, summary, _weight_shape(dense, path), before.of(path),
+            tuple(layer for layer in layers if layer.origin == path),
+        )
+        for path, summary in summaries.items()
+    )  # fmt: skip
+
+
+def _weight_shape(dense: nn.Module, path: str) -> tuple[int, ...] | None:
+    module = dict(dense.named_modules(remove_duplicate=False)).get(path)
+    weight: Any = getattr(module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else None
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -187,20 +278,31 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
-    before = "-" if layer.shape_before is None else _shape(layer.shape_before)
     return (
-        layer.path, layer.kind, before, _shape(layer.shape_after), f"{layer.sparsity:.4f}", f"{layer.kept:,}",
-        f"{layer.flops_before / 1e6:.3f}", f"{layer.flops_after / 1e6:.3f}", layer.reason,
+        _indented(layer), layer.kind, _shape(layer.shape_before), _shape(layer.shape_after), f"{layer.sparsity:.4f}",
+        f"{layer.kept:,}", f"{layer.search_space:,}", f"{layer.flops_before / 1e6:.3f}", f"{layer.flops_after / 1e6:.3f}",
+        layer.reason,
     )  # fmt: skip
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(str(size) for size in shape)
+def _indented(layer: LayerReport) -> str:
+    return f"  {layer.path.removeprefix(layer.origin)}" if layer.origin else layer.path
+
+
+def _whole_cells(whole: ReplacementReport) -> tuple[str, ...]:
+    return (
+        whole.path, "", _shape(whole.shape_before), "", "", f"{whole.kept:,}", f"{whole.search_space:,}",
+        f"{whole.flops_before / 1e6:.3f}", f"{whole.flops_after / 1e6:.3f}", whole.summary,
+    )  # fmt: skip
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "-" if shape is None else "x".join(str(size) for size in shape)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    right = {4, 5, 6, 7}
+    right = {4, 5, 6, 7, 8}
 
     def line(row: Sequence[str]) -> str:
         cells = [

@@ -165,10 +165,11 @@ def _layers(module: nn.Module) -> dict[str, Any]:
 def _annotations(module: nn.Module) -> dict[str, Any]:
     """What the passes decided, as plain data."""
     if not isinstance(module, fx.GraphModule):
-        return {"decisions": [], "balance": None}
+        return {"decisions": [], "replacements": {}, "balance": None}
     balance = decided.balance(module)
     return {
         "decisions": [dataclasses.asdict(decision) for decision in decided.decisions(module).values()],
+        "replacements": dict(decided.replacements(module)),
         "balance": None if balance is None else dataclasses.asdict(balance),
     }
 
@@ -180,6 +181,7 @@ def _annotate(module: fx.GraphModule, saved: Mapping[str, Any]) -> None:
         decisions[entry["path"]] = decided.LayerDecision(**{**entry, **shapes})
     if decisions:
         decided.set_decisions(module, decisions)
+    module.meta[decided.REPLACEMENTS] = dict(saved.get("replacements", {}))
     if saved["balance"] is not None:
         module.meta[decided.BALANCE] = decided.Balance(**saved["balance"])
 

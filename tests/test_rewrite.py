@@ -105,8 +105,7 @@ def test_resnet18_with_the_large_stem_balances(models, sparsity):
     """Up to the balance only: no mask is drawn and no wide weight ever exists."""
     model, x = models.resnet18(), (torch.randn(2, 3, 224, 224),)
     dense, graph_module = count_flops(model, x), capture(model, x)
-    steps = pipeline.sparse_wide(SparseWide(sparsity=sparsity), dense, x, torch.device("cpu"))
-    pipeline.run(graph_module, steps[:4])
+    pipeline.run(graph_module, pipeline.planning({"*": SparseWide(sparsity=sparsity)}, dense, x))
     wide, balance = count_flops(graph_module, x), notes.balance(graph_module)
     kept = {
         path: each.kept / math.prod(each.widened_shape)

@@ -50,4 +50,5 @@ def _plain(layer: LayerReport) -> dict[str, Any]:
     return {
         "path": layer.path, "kind": layer.kind, "weight_shape": list(layer.shape_after), "sparsity": layer.sparsity,
         "kept": layer.kept, "flops": layer.flops_after, "reason": layer.reason,
+        "search_space": layer.search_space, "origin": layer.origin,
     }  # fmt: skip
