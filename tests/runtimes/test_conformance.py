@@ -276,3 +276,19 @@ def test_refusals_have_reasons() -> None:
     assert "float32" in str(tvm.refuse(half, "cpu"))
     with pytest.raises(UserError, match="tvm"):
         registry.get("tvmm")
+
+
+@pytest.mark.parametrize("cpu", ["x86-64-v3", "x86-64"])
+def test_narrower_vectors(cpu: str) -> None:
+    from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
+    from sift_compiler.runtimes.tvm.target import cpu_facts, host_cpu
+
+    if host_cpu().lanes < cpu_facts(cpu).lanes:
+        pytest.skip(f"this machine is not an {cpu}")
+    for one, inner in (
+        (layer(sparse_mask((13, 10, 3, 3)), padding=(1, 1)), (10, 9, 11)),
+        (layer(sparse_mask((13, 20)), kind="linear"), (20,)),
+    ):
+        kernel = TvmKernel(one.spec, "layer", 1, cpu_facts(cpu))
+        for batch in (1, 11, 16):
+            assert one.error(kernel, torch.randn(batch, *inner)) < TOLERANCE
