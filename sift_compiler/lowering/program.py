@@ -10,6 +10,7 @@ Backend-neutral and pure: NumPy in, NumPy out; the order of ``index`` carries no
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +77,20 @@ def pack(index: Int32, spec: LayerSpec, rows: int, channels: int, offsets: Int32
     """Pack a mask.
 
     Args:
-        index: int32 [nnz], distinct flat positions in the dense weight, in any order.
+        index: int32 [nnz], distinct flat positions in the dense weight, in any order; a negative one is not in the mask.
         spec: the layer.
         rows: R, 1 … 6.
         channels: input channels of a block.
         offsets: int32 [taps], where a tap begins in the window of one channel, in float32.
         channel_stride: float32 numbers of one channel in a window.
     """
+    kept = np.flatnonzero(index >= 0)
+    if kept.size < index.size:
+        program = pack(index[kept], spec, rows, channels, offsets, channel_stride)
+        # As long as the values, as ever; no bucket reaches what is beyond the kept ones.
+        order = np.zeros(index.size, np.int32)
+        order[: kept.size] = kept[program.order]
+        return dataclasses.replace(program, order=order)
     taps = offsets.size
     groups, blocks = -(-spec.out_channels // rows), -(-spec.in_channels // channels)
     patterns = (1 << rows) - 1

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from sift_compiler.errors import UnsupportedError
-from sift_compiler.ir.pattern import Pattern, kept_entries
+from sift_compiler.ir.mask_structure import UNSTRUCTURED, Structure
+from sift_compiler.ir.pattern import Pattern
 from sift_compiler.nn.growth import NO_PROBE
 from sift_compiler.nn.layer import SparseLayer
 
@@ -29,6 +30,7 @@ class SparseConv2d(SparseLayer):
         sparsity: removed share in [0, 1), for a random pattern with an exact count; ignored when ``pattern`` is given.
         pattern: where the kept weights sit.
         generator: source of randomness of the random pattern.
+        structure: what the pattern must look like.
     """
 
     def __init__(
@@ -36,17 +38,18 @@ class SparseConv2d(SparseLayer):
         dilation: Size2d = 1, groups: int = 1, bias: bool = True, *, sparsity: float = 0.9,
         pattern: Pattern | None = None, generator: torch.Generator | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+        structure: Structure = UNSTRUCTURED,
     ) -> None:  # fmt: skip
         shape = (out_channels, in_channels // groups, *_pair(kernel_size))
         if pattern is None:
-            pattern = Pattern.random(shape, kept_entries(torch.Size(shape).numel(), sparsity), generator)
-        super().__init__(pattern, bias, device, dtype)
+            pattern = structure.random(shape, structure.kept(shape, sparsity), generator)
+        super().__init__(pattern, bias, device, dtype, structure)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
         self.padding, self.dilation = _pair(padding), _pair(dilation)
 
     @classmethod
-    def like(cls, dense: nn.Conv2d, pattern: Pattern) -> SparseConv2d:
+    def like(cls, dense: nn.Conv2d, pattern: Pattern, structure: Structure = UNSTRUCTURED) -> SparseConv2d:
         """A layer with the geometry, device, dtype and kept weights of ``dense``.
 
         Raises:
@@ -61,7 +64,7 @@ class SparseConv2d(SparseLayer):
         layer = cls(
             dense.in_channels, dense.out_channels, _pair(dense.kernel_size), _pair(dense.stride), _pair(dense.padding),  # type: ignore[arg-type]
             _pair(dense.dilation), dense.groups, dense.bias is not None, pattern=pattern,  # type: ignore[arg-type]
-            device=weight.device, dtype=weight.dtype,
+            device=weight.device, dtype=weight.dtype, structure=structure,
         )  # fmt: skip
         layer.set_weight(weight.detach())
         if dense.bias is not None and layer.bias is not None:
@@ -81,5 +84,5 @@ class SparseConv2d(SparseLayer):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
-            f"sparsity={self.sparsity:.4f}"
+            f"{self.described()}"
         )

@@ -7,28 +7,34 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sift_compiler.ir.mask_structure import UNSTRUCTURED, Structure
 from sift_compiler.ir.pattern import Pattern
+from sift_compiler.nn.reference import gather
 
 
 class SparseLayer(nn.Module):
-    """A layer that owns ``values`` [nnz] and the ``index`` [nnz] of where they sit in the dense weight.
+    """A layer that owns ``values`` [slots] and the ``index`` [slots] of where they sit in the dense weight.
 
     Attributes:
-        values: Parameter [nnz]. Gradients, optimizer state and checkpoints are as long as this, never as the dense weight.
-        index: int32 buffer [nnz], flat positions in the dense weight; see :class:`sift_compiler.ir.pattern.Pattern`.
+        values: Parameter [slots]. Gradients, optimizer state and checkpoints are as long as this, never as the dense weight.
+        index: int32 buffer [slots], flat positions in the dense weight; see :mod:`sift_compiler.ir.pattern` for slots out of use.
         bias: Parameter [out] or None.
         weight_shape: shape of the dense weight.
+        structure: what its mask must look like, also when it moves.
     """
 
     values: nn.Parameter
     index: Tensor
     bias: nn.Parameter | None
+    structure: Structure
 
     def __init__(
-        self, pattern: Pattern, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
+        self, pattern: Pattern, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None,
+        structure: Structure,
+    ) -> None:  # fmt: skip
         super().__init__()
-        pattern.check()
+        structure.check(pattern)
+        self.structure = structure
         self.weight_shape = tuple(pattern.shape)
         self.values = nn.Parameter(torch.empty(pattern.nnz, device=device, dtype=dtype))
         self.register_buffer("index", pattern.index.to(device=device, copy=True))
@@ -55,10 +61,19 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
-        """Take the kept entries of a dense ``weight`` of ``weight_shape`` as values."""
-        self.values.copy_(weight.reshape(-1)[self.index.long()])
+        """Take the entries of a dense ``weight`` of ``weight_shape`` that slots stand for as values; 0 for empty slots."""
+        self.values.copy_(gather(weight, self.index))
 
     def dense_weight(self) -> Tensor:
         """The dense weight, of ``weight_shape``, with zeros where nothing is kept; differentiable in ``values``."""
-        flat = self.values.new_zeros(self.pattern.numel).index_copy(0, self.index.long(), self.values)
+        kept = self.index >= 0
+        numel = self.pattern.numel
+        flat = self.values.new_zeros(numel).index_copy(0, self.index[kept].long(), self.values[kept])
         return flat.view(self.weight_shape)
+
+    def described(self) -> str:
+        """Sparsity and, where there is one, structure and slots out of use, for the representation of a layer."""
+        pattern = self.pattern
+        structure = "" if self.structure == UNSTRUCTURED else f", structure={self.structure}"
+        idle = "" if pattern.nnz == pattern.slots else f", slots={pattern.slots}"
+        return f"sparsity={pattern.sparsity:.4f}{structure}{idle}"

@@ -6,7 +6,7 @@ One boundary for everything: eager mode, autograd, torch.compile, autocast, the 
     dx = conv2d_input_gradient(dy, values, index, shape, input_shape, stride, padding, dilation, groups)
     dv = conv2d_values_gradient(dy, x, index, shape, stride, padding, dilation, groups, probe)
 
-``values`` [nnz] and ``index`` [nnz] are the compact weight of dense ``shape`` (see ir.pattern). ``probe`` is a handle of
+``values`` and ``index``, both as long as there are slots, are the compact weight of dense ``shape`` (see ir.pattern). ``probe`` is a handle of
 nn.growth (0: none), ``kernel_handle`` one of nn.live (0: the reference). Both are constants of the graph.
 """
 
@@ -74,7 +74,7 @@ def conv2d_values_gradient(
     """dL/dvalues [nnz] of :func:`conv2d`; leaves the dense gradient in the probe if that is armed."""
     dense = reference.conv2d_weight_gradient(gradient, x, shape, stride, padding, dilation, groups)
     _deliver(probe, dense)
-    return dense.reshape(-1)[index.long()]
+    return reference.gather(dense, index)
 
 
 @conv2d_values_gradient.register_fake
@@ -127,7 +127,7 @@ def linear_values_gradient(gradient: Tensor, x: Tensor, index: Tensor, shape: Se
     """dL/dvalues [nnz] of :func:`linear`; leaves the dense gradient in the probe if that is armed."""
     dense = reference.linear_weight_gradient(gradient, x)
     _deliver(probe, dense)
-    return dense.reshape(-1)[index.long()]
+    return reference.gather(dense, index)
 
 
 @linear_values_gradient.register_fake

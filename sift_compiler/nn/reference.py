@@ -10,11 +10,23 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input as _conv2d_input
 from torch.nn.grad import conv2d_weight as _conv2d_weight
 
+from sift_compiler.ir.pattern import EMPTY, entry_of
+
 
 def densify(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """``values`` [nnz] at the flat positions ``index`` [nnz] of an otherwise zero tensor of ``shape``."""
-    dense = values.new_zeros(torch.Size(shape).numel())
-    return dense.index_copy_(0, index.long(), values).view(torch.Size(shape))
+    """``values`` [slots] at the flat positions ``index`` [slots] of an otherwise zero tensor of ``shape``; slots below 0 are left out."""
+    numel = torch.Size(shape).numel()
+    # Slots outside the mask all write to one spare entry past the end: no branch, hence no wait for a device.
+    places = index.long()
+    dense = values.new_zeros(numel + 1).index_copy_(0, torch.where(places < 0, numel, places), values)
+    return dense[:numel].view(torch.Size(shape))
+
+
+def gather(dense: Tensor, index: Tensor) -> Tensor:
+    """The entries of a ``dense`` gradient that the slots of ``index`` [slots] stand for, sleeping ones too; 0 for empty slots."""
+    entries = entry_of(index)
+    taken = dense.reshape(-1)[entries.clamp(min=0)]
+    return torch.where(entries == EMPTY, 0.0, taken) if taken.numel() else taken
 
 
 def conv2d(
