@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from sift_compiler.errors import SiftError, UserError, unknown_name
 from sift_compiler.observe.settings import from_environment
-from sift_compiler.options import TRANSFORMATIONS, Transformation, from_mapping
+from sift_compiler.options import SIGMAS, TRANSFORMATIONS, Transformation, from_mapping
 
 if TYPE_CHECKING:
     from sift_compiler.commands.inspection import Inspection
@@ -76,16 +76,23 @@ def rewrite(
     seed: Annotated[int, typer.Option(help="Seed of masks and new weights.")] = 0,
     round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this, 8 by default; 1 rounds down. wide, low-rank.")] = None,
     distribution: Annotated[str | None, typer.Option(help="How densities differ between layers: uniform, er or erk.")] = None,
+    sigma: Annotated[str | None, typer.Option(help=f"Non-linearity inside, not of wide: {', '.join(SIGMAS)}.")] = None,
     dense: Annotated[list[str] | None, typer.Option(help="Layers that stay dense, e.g. 'layer1.*'. Repeatable.")] = None,
     pin: Annotated[list[str] | None, typer.Option(help="Modules or nodes whose sizes stay. Repeatable. wide, low-rank.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the sparse model goes (.pt2); without it only the report is shown.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would become of every layer, and why.")] = False,
     as_json: _Json = False,
 ) -> None:  # fmt: skip
     """Make MODEL an iso-FLOP sparse one and show what changed."""
     options = _transformation(
-        transform, sparsity=sparsity, seed=seed, round_to=round_to, distribution=distribution,
+        transform, sparsity=sparsity, seed=seed, round_to=round_to, distribution=distribution, sigma=sigma,
         dense=tuple(dense or ()), pin=tuple(pin) if pin else None,
     )  # fmt: skip
+    if dry_run:
+        if out is not None:
+            raise UserError("--dry-run makes nothing that could go to --out; leave one of them out.")
+        _show_plan(model, input_, options, as_json)
+        return
     with _busy("Rewriting"):
         from sift_compiler.commands.model_source import find_model
         from sift_compiler.report import report
@@ -212,6 +219,35 @@ def _transformation(name: str, **options: Any) -> Transformation:
     return from_mapping(TRANSFORMATIONS[name], {key: value for key, value in options.items() if value is not None})
 
 
+def _show_plan(model: str, given: Sequence[str] | None, transformation: Transformation, as_json: bool) -> None:
+    with _busy("Planning"):
+        from sift_compiler.commands.model_source import find_model
+        from sift_compiler.commands.planning import plan_rewrite
+
+        found = find_model(model)
+        made = plan_rewrite(found, _inputs(found, given), transformation)
+    if as_json:
+        typer.echo(json.dumps(made.to_plain(), indent=2))
+        return
+    _show_table(("layer", "weight", "sparsity", "kept", "why"), made.rows())
+    balance = made.balance
+    typer.echo(
+        f"\nFLOPs {balance.dense_flops:,}, of which {balance.kept_dense_flops:,} go to what is dense after the rewrite\n"
+        f"Sparsity that balances them: {balance.sparsity:.6f}\nNothing was made: this was a dry run."
+    )
+
+
+def _show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for head in heads:
+        right = head in ("sparsity", "kept", "MFLOPs")
+        table.add_column(head, justify="right" if right else "left", no_wrap=head != "why")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    # A pipe has no width: the table is then as wide as it needs.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
 def _inputs(model: object, given: Sequence[str] | None) -> tuple[Any, ...]:
     """The inputs given, or those that the model's file remembers."""
     from torch import fx
@@ -231,19 +267,16 @@ def _inputs(model: object, given: Sequence[str] | None) -> tuple[Any, ...]:
 
 
 def _show_inspection(inspection: Inspection) -> None:
-    table = Table(box=None, pad_edge=False)
-    for head in ("layer", "kind", "weight", "sparsity", "kept", "MFLOPs", "why"):
-        table.add_column(
-            head, justify="right" if head in ("sparsity", "kept", "MFLOPs") else "left", no_wrap=head != "why"
-        )
-    for layer in inspection.report.layers:
-        table.add_row(
-            escape(layer.path), layer.kind, "x".join(str(size) for size in layer.shape_after), f"{layer.sparsity:.4f}",
-            f"{layer.kept:,}", f"{layer.flops_after / 1e6:.3f}", escape(layer.reason),
-        )  # fmt: skip
-    # A pipe has no width: the table is then as wide as it needs.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(table)
+    _show_table(
+        ("layer", "kind", "weight", "sparsity", "kept", "MFLOPs", "why"),
+        [
+            (
+                layer.path, layer.kind, "x".join(str(size) for size in layer.shape_after), f"{layer.sparsity:.4f}",
+                f"{layer.kept:,}", f"{layer.flops_after / 1e6:.3f}", layer.reason,
+            )
+            for layer in inspection.report.layers
+        ],
+    )  # fmt: skip
     made = inspection.report
     typer.echo(f"\nFLOPs {made.sparse_flops:,}   parameters {made.sparse_parameters:,}   bytes {made.sparse_bytes:,}")
     if made.search_space:
