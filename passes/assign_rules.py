@@ -23,7 +23,7 @@ Rules = Mapping[str, Transformation | None]
 
 _UNNAMED = "no pattern names it"
 _EXCEPTED = "its pattern keeps it as it is"
-NOTHING_TO_REMOVE = "sparsity 0: nothing to remove"
+_NOTHING = "sparsity 0: nothing to remove"
 
 
 def _unassigned(graph_module: GraphModule) -> str | None:
@@ -72,7 +72,7 @@ class AssignRules(Pass):
         if transformation is None:
             return dataclasses.replace(decision, sparse=False, reason=_EXCEPTED)
         if transformation.identity:
-            return dataclasses.replace(decision, sparse=False, reason=NOTHING_TO_REMOVE)
+            return dataclasses.replace(decision, sparse=False, reason=_NOTHING)
         return dataclasses.replace(decision, rule=pattern)
 
     def _refuse_idle(self, pattern: str, decided: Mapping[str, LayerDecision]) -> None:

@@ -51,8 +51,6 @@ class BalanceFlops(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Count, solve, and note the balance and the counts."""
-        if self.widening == 1:
-            return self._nothing_to_remove(graph_module)
         made = dict(notes.decisions(graph_module))
         chosen = [path for path, decision in made.items() if decision.sparse]
         now = count_flops(graph_module, self.inputs)
@@ -89,17 +87,6 @@ class BalanceFlops(Pass):
             scale = left / asked if left > 0 and asked else 1.0
             found.update({path: scale * density for path, density in nominal.items()})
         return found
-
-    def _nothing_to_remove(self, graph_module: GraphModule) -> PassResult:
-        made = {
-            path: dataclasses.replace(decision, sparse=False, reason="sparsity 0: nothing to remove")
-            if decision.sparse
-            else decision
-            for path, decision in notes.decisions(graph_module).items()
-        }
-        notes.set_decisions(graph_module, made)
-        graph_module.meta[notes.BALANCE] = Balance(self.dense.total, self.dense.total, 0, 0.0)
-        return PassResult(graph_module)
 
 
 def _decided(decision: LayerDecision, kept: int, numel: int) -> LayerDecision:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from sift_compiler.errors import UserError
 from sift_compiler.ir.annotations import LayerDecision
 from sift_compiler.ir.flops import FlopCount, count_flops
 from sift_compiler.ir.inputs import Inputs
@@ -35,7 +36,8 @@ class LowRank(Pass):
         inputs: the example that was counted.
 
     Raises:
-        UserError: what is not factorised already costs as much as the model given, or σ does not fit a layer.
+        UserError: what is not factorised already costs as much as the model given, a layer cannot pay for a rank of 1, or σ
+            does not fit a layer.
     """
 
     requires = (LAYERS_DECIDED, RULES_ASSIGNED, SHAPES_KNOWN)
@@ -52,6 +54,12 @@ class LowRank(Pass):
         if budget <= 0:
             raise infeasible(self.dense, wide, set(layers), self.options.widening)
         ranks = affordable_ranks(layers, self.dense, wide, budget)
+        if not all(ranks.values()):
+            path = next(path for path, rank in ranks.items() if not rank)
+            raise UserError(
+                f"Widened by {self.options.widening:.4f}, layer {path!r} cannot be factorised: a rank of 1 already costs more than its share. "
+                f"Use a smaller sparsity, or keep its width with pin=({path!r},) and dense=({path!r},)."
+            )
 
         def make(decision: LayerDecision, layer: nn.Module, calls: list[Node]) -> Replacement | str:
             return product(layer, calls, ranks[decision.path], self.options.sigma, sparse=False, name=self.options.name)
