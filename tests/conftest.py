@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_kernel_cache() -> Iterator[None]:
+    """Tests, and what they start, neither find the user's compiled kernels nor leave any."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIFT_CACHE_DIR", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

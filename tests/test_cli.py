@@ -227,7 +227,7 @@ def test_bad_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_finds_everything_or_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = as_json("doctor")
     assert found["ok"] is True
-    assert {"python", "torch", "apache-tvm", "C++ compiler", "cache folder"} <= {
+    assert {"python", "torch", "apache-tvm", "C++ compiler", "cache folder", "kernel cache"} <= {
         check["name"] for check in found["checks"]
     }
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -244,10 +244,12 @@ def test_doctor_tells_an_unwritable_cache_and_a_broken_compiler(
     file.write_text("#!/bin/sh\necho no headers >&2\nexit 1\n", encoding="utf-8")
     file.chmod(0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(file / "below"))
+    monkeypatch.setenv("SIFT_CACHE_DIR", str(file / "below"))
     monkeypatch.setenv("CXX", str(file))
     checks = {check.name: check for check in doctor.examine()}
     assert not checks["cache folder"].ok
     assert "TORCHINDUCTOR_CACHE_DIR" in checks["cache folder"].advice
+    assert "SIFT_CACHE_DIR" in checks["kernel cache"].advice
     assert "no headers" in checks["C++ compiler"].found
     assert not doctor.healthy(checks.values())
     assert sift_command("doctor").exit_code == 1

@@ -1,25 +1,33 @@
-"""Compile TIR functions once per process: a memory cache of machine code."""
+"""Machine code of TIR functions: from memory, else from disk, else compiled."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sift_compiler.errors import RuntimeBuildError
+from sift_compiler.runtimes.cache import Form, KernelCache, default_folder
+from sift_compiler.runtimes.fingerprint import Fingerprint, source_digest
 from sift_compiler.runtimes.tvm.target import llvm_target
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _compiled: dict[tuple[object, ...], tuple[Any, Any]] = {}
 
+_TOOLCHAIN = ("apache-tvm", "apache-tvm-ffi")
+
 
 def compiled(generator: Callable[..., Any], cpu: str, **constants: Any) -> Any:
     """The packed function that ``generator(**constants, name=…)`` describes, for processor ``cpu``; compiled on first use.
 
-    The key is the generator, the processor and every constant; nothing else enters the code.
+    The key is the generator, the processor and every constant; on disk also the generator's source, the processor's instruction sets
+    and the versions of TVM and LLVM (see runtimes.fingerprint). Nothing else enters the code.
 
     Raises:
         RuntimeBuildError: TVM could not compile it.
@@ -27,23 +35,22 @@ def compiled(generator: Callable[..., Any], cpu: str, **constants: Any) -> Any:
     key = (generator.__module__, generator.__qualname__, cpu, *sorted(constants.items()))
     with _lock:
         if key not in _compiled:
-            _compiled[key] = _compile(generator, cpu, constants)
+            library = _from_disk(generator, cpu, constants)
+            _compiled[key] = (library, library[_symbol(generator)])
         return _compiled[key][1]
 
 
-def module(generator: Callable[..., Any], cpu: str, **constants: Any) -> Any:
-    """The TVM module that holds :func:`compiled`'s function, to look at its assembly."""
-    compiled(generator, cpu, **constants)
-    return _compiled[(generator.__module__, generator.__qualname__, cpu, *sorted(constants.items()))][0]
+def compile_anew(generator: Callable[..., Any], cpu: str, **constants: Any) -> Any:
+    """A freshly compiled TVM executable of the function, to look at its assembly: ``.mod.inspect_source("asm")``.
 
-
-def _compile(generator: Callable[..., Any], cpu: str, constants: dict[str, Any]) -> tuple[Any, Any]:
+    Raises:
+        RuntimeBuildError: TVM could not compile it.
+    """
     import tvm
 
     begin = time.perf_counter()
-    name = f"sift_{generator.__name__}"
     try:
-        library = tvm.compile(generator(**constants, name=name), target=llvm_target(cpu))
+        made = tvm.compile(generator(**constants, name=_symbol(generator)), target=llvm_target(cpu))
     except Exception as error:
         raise RuntimeBuildError(
             f"TVM could not compile the kernel {generator.__name__}({constants}) for {cpu}: {error}. "
@@ -52,4 +59,73 @@ def _compile(generator: Callable[..., Any], cpu: str, constants: dict[str, Any])
     _log.info(
         "compiled %s(%s) for %s in %.0f ms", generator.__name__, constants, cpu, 1e3 * (time.perf_counter() - begin)
     )
-    return library, library[name]
+    return made
+
+
+def fingerprint(generator: Callable[..., Any], cpu: str, constants: dict[str, Any]) -> Fingerprint | None:
+    """What the machine code of ``generator(**constants)`` depends on; None if the generator's source cannot be read."""
+    source = source_digest(generator.__module__)
+    if source is None:
+        return None
+    return Fingerprint(
+        generator=f"{generator.__module__}.{generator.__qualname__}",
+        constants=tuple(sorted((name, repr(value)) for name, value in constants.items())),
+        target=str(llvm_target(cpu)), features=_features(cpu), toolchain=_toolchain(), source=source,
+    )  # fmt: skip
+
+
+def _symbol(generator: Callable[..., Any]) -> str:
+    return f"sift_{generator.__name__}"
+
+
+def _from_disk(generator: Callable[..., Any], cpu: str, constants: dict[str, Any]) -> Any:
+    key = fingerprint(generator, cpu, constants)
+    if key is None:
+        return compile_anew(generator, cpu, **constants)
+    return KernelCache(default_folder(), _FORMS).get(key, lambda: compile_anew(generator, cpu, **constants))
+
+
+@functools.cache
+def _features(cpu: str) -> tuple[str, ...]:
+    import tvm
+
+    return tuple(sorted(str(name) for name in tvm.get_global_func("target.llvm_get_cpu_features")(llvm_target(cpu))))
+
+
+@functools.cache
+def _toolchain() -> tuple[tuple[str, str], ...]:
+    import tvm
+
+    versions = {name: importlib.metadata.version(name) for name in _TOOLCHAIN}
+    versions["llvm"] = str(tvm.get_global_func("target.llvm_version_major")())
+    versions["system"] = str(tvm.get_global_func("target.llvm_get_system_triple")())
+    return tuple(sorted(versions.items()))
+
+
+# --- what is stored -------------------------------------------------------------------------------------------------
+# A shared library loads in a millisecond but needs a C++ compiler to be linked. LLVM's text needs none; reading it saves writing and
+# lowering the kernel, about half of the time, and leaves LLVM's part.
+
+
+def _write_library(code: Any, path: Path) -> None:
+    from tvm.support import cc
+
+    if cc.get_cc() is None:
+        raise FileNotFoundError("no C++ compiler to link with")
+    code.export_library(str(path))
+
+
+def _write_llvm(code: Any, path: Path) -> None:
+    code.mod.write_to_file(str(path), "ll")
+    _log.info(
+        "%s is stored as LLVM text: loading it takes about half as long as compiling. A C++ compiler helps.", path.name
+    )
+
+
+def _read(path: Path) -> Any:
+    import tvm
+
+    return tvm.runtime.load_module(str(path))
+
+
+_FORMS = {"so": Form(_write_library, _read), "ll": Form(_write_llvm, _read)}

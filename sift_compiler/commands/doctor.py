@@ -16,6 +16,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from sift_compiler.errors import UserError
+
 _PACKAGE = "sift_compiler"
 _CPU_FLAGS = ("sse4_2", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
 _PROGRAM = "#include <vector>\nint main() { return static_cast<int>(std::vector<int>{}.size()); }\n"
@@ -41,13 +43,14 @@ class Check:
 
 
 def examine() -> tuple[Check, ...]:
-    """Look at everything: python, packages, processor, C++ compiler, cache folder, threads."""
+    """Look at everything: python, packages, processor, C++ compiler, cache folders, threads."""
     return (
         _python(),
         *(_package(name, module, essential, purpose) for name, module, essential, purpose in _PACKAGES),
         _processor(),
         _compiler(),
         _cache(),
+        _kernel_cache(),
         _threads(),
     )
 
@@ -169,6 +172,22 @@ def _default_cache() -> str:
     except ImportError:
         return tempfile.gettempdir()
     return default_cache_dir()
+
+
+def _kernel_cache() -> Check:
+    """Where compiled sparse kernels are kept; without it every process compiles its own."""
+    try:
+        from sift_compiler.runtimes.cache import contents, default_folder
+
+        folder = default_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (ImportError, OSError, UserError) as error:
+        advice = "Every process compiles its kernels anew. Name a folder you may write to: export SIFT_CACHE_DIR=…"
+        return Check("kernel cache", False, False, str(error), advice)
+    held = contents(folder)
+    return Check("kernel cache", True, False, f"{folder}: {held.kernels} kernels, {held.bytes / 1e6:.1f} MB")
 
 
 def _threads() -> Check:

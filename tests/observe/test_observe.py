@@ -54,9 +54,11 @@ def test_settings_are_validated(tmp_path):
     assert from_environment({"SIFT_DUMP": "", "SIFT_LOG": ""}) == from_environment({})
     with pytest.raises(UserError, match="Did you mean 'debug'"):
         from_environment({"SIFT_LOG": "debgu"})
+    assert from_environment({"SIFT_CACHE_DIR": str(tmp_path)}).cache == tmp_path
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="must name a folder"):
-        from_environment({"SIFT_DUMP": str(tmp_path / "file")})
+    for variable in ("SIFT_DUMP", "SIFT_CACHE_DIR"):
+        with pytest.raises(UserError, match=f"{variable} names .* must name a folder"):
+            from_environment({variable: str(tmp_path / "file")})
 
 
 def test_logging_is_configured_only_when_asked(capsys):
