@@ -13,11 +13,12 @@ from typing import Any, Literal, TypeVar
 from sift_compiler.errors import UserError, unknown_name
 
 Initialisation = Literal["paper", "default"]
-Decay = Literal["cosine", "constant"]
+Decay = Literal["cosine", "linear", "exponential", "constant"]
 Distribution = Literal["uniform", "er", "erk"]
 Sigma = Literal["bn_relu", "relu", "gelu", "identity"]
 INITIALISATIONS: tuple[Initialisation, ...] = ("paper", "default")
 DISTRIBUTIONS: tuple[Distribution, ...] = ("uniform", "er", "erk")
+DECAYS: tuple[Decay, ...] = ("cosine", "linear", "exponential", "constant")
 SIGMAS: tuple[Sigma, ...] = ("bn_relu", "relu", "gelu", "identity")
 
 _Options = TypeVar("_Options")
@@ -196,17 +197,15 @@ class Static(MaskMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Dynamic(MaskMethod):
+class Moving(MaskMethod):
+    """When masks move: every ``delta_t`` optimizer steps from ``begin_step`` on, before ``end_step``."""
+
     delta_t: int = 100
     """Optimizer steps between two mask updates, at least 1."""
-    drop_fraction: float = 0.3
-    """Share of a layer's active weights replaced at the first update, in [0, 1]."""
     begin_step: int = 0
     """First optimizer step at which masks move. Steps are counted from 0, so with 0 they move on the very first gradient."""
     end_step: int = -1
     """Masks rest from this optimizer step on; it must be given. The papers use 75 % of training."""
-    decay: Decay = "cosine"
-    """How the drop fraction falls: ``"cosine"`` to 0 at ``end_step`` (α/2 · (1 + cos(π t / end_step))), or not at all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,23 +219,46 @@ class _Dynamic(MaskMethod):
                 raise _refuse(self, field, "a whole number")
         if self.delta_t < 1:
             raise _refuse(self, "delta_t", "at least 1")
-        if not isinstance(self.drop_fraction, int | float) or not 0 <= self.drop_fraction <= 1:
-            raise _refuse(self, "drop_fraction", "between 0 and 1")
         if self.begin_step < 0:
             raise _refuse(self, "begin_step", "at least 0")
         if self.end_step < self.begin_step:
             raise _refuse(self, "end_step", f"at least begin_step ({self.begin_step})")
-        if self.decay not in ("cosine", "constant"):
-            raise unknown_name("decay", self.decay, ("cosine", "constant"))
+
+    def _check_share(self, field: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise _refuse(self, field, "between 0 and 1")
+
+    def _check_positive(self, field: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise _refuse(self, field, "a number of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SET(_Dynamic):
+class Dynamic(Moving):
+    """Methods that replace a share of the active weights at every update."""
+
+    drop_fraction: float = 0.3
+    """Share of a layer's active weights replaced at the first update, in [0, 1]."""
+    decay: Decay = "cosine"
+    """How the drop fraction falls to 0 at ``end_step`` T: ``"cosine"`` α/2 · (1 + cos(π t / T)), ``"linear"`` α · (1 - t / T),
+    ``"exponential"`` α · (1 - t / T)³ (the name the reference implementation of RigL gives it); ``"constant"``: not at all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_share("drop_fraction")
+        if self.decay not in DECAYS:
+            raise unknown_name("decay", self.decay, DECAYS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SET(Dynamic):
     """Drop the smallest magnitudes, grow at random (Mocanu et al. 2018)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RigL(_Dynamic):
+class RigL(Dynamic):
     """Drop the smallest magnitudes, grow where the dense gradient is largest (Evci et al. 2020, Alg. 1)."""
 
     exclude_just_dropped: bool = False

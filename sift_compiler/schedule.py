@@ -20,6 +20,8 @@ from sift_compiler.attachment import Attachment, attach
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError, unknown_name
 from sift_compiler.masking import criteria, gradients, methods, schedules, transition
 from sift_compiler.masking.history import LayerUpdate, MaskUpdate
+from sift_compiler.masking.layer import LayerView, Memory
+from sift_compiler.masking.rule import Choice, Rule, Target
 from sift_compiler.masking.transition import Transition
 from sift_compiler.options import MaskMethod, RigL
 
@@ -38,11 +40,11 @@ def schedule(module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> Mas
     Args:
         module: what :func:`sift_compiler.rewrite` returned, or any module that holds sparse layers.
         optimizer: one of torch.optim with per-weight state (SGD, Adam, AdamW, …) that holds the layers' ``values``.
-        method: ``RigL(end_step=…)``, ``SET(end_step=…)`` or ``Static()``.
+        method: ``RigL(end_step=…)``, ``SET(end_step=…)``, ``Static()`` or another method; or one of your own (sift.OwnMethod).
 
     Raises:
-        UserError: an argument of the wrong kind, no sparse layer, values that the optimizer does not hold, or masks that
-            another scheduler moves already.
+        UserError: an argument of the wrong kind, no sparse layer, values that the optimizer does not hold, a structure or storage that
+            does not fit the method, or masks that another scheduler moves already.
         UnsupportedError: layers that share their values; later, an optimizer whose state is not understood.
     """
     if not isinstance(module, nn.Module):
@@ -51,7 +53,9 @@ def schedule(module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> Mas
         raise UserError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}.")
     if isinstance(method, str):
         raise unknown_name(
-            "mask method (pass an object such as sift.RigL(end_step=…))", method, ("RigL", "SET", "Static")
+            "mask method (pass an object such as sift.RigL(end_step=…))",
+            method,
+            [each.__name__ for each in methods.RULES],
         )
     if not isinstance(method, MaskMethod):
         raise UserError(
@@ -73,18 +77,24 @@ class MaskScheduler:
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> None:
         self.method = method
-        self._criterion = methods.combination(method)
-        self._ranks_gradients = self._criterion is not None and self._criterion.needs_gradient
-        self._layers = attach(module, optimizer, with_hooks=self._criterion is not None)
-        self._claim()
+        rule = methods.rule_of(method)
+        self._rule = Rule(method) if rule is None else rule
+        self._layers = attach(module, optimizer, with_hooks=rule is not None)
+        self._memory: dict[str, Memory] = {one.name: {} for one in self._layers}
         self._optimizer = optimizer
+        self.step_count = 0
+        if rule is not None:
+            for one in self._layers:
+                view = self._view(one)
+                rule.check_layer(view)
+                rule.begin(view)
+        self._claim()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
         self._listeners: list[Listener] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        self.step_count = 0
         self.updates: list[MaskUpdate] = []
         self.skipped = {"missing": 0, "not finite": 0}
         self._layer_updates = {one.name: 0 for one in self._layers}
@@ -115,13 +125,21 @@ class MaskScheduler:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._withheld = []
-        if not (self._due() and isinstance(self.method, RigL) and self.method.skip_step == "replace"):
+        replaces = self._due() and isinstance(self.method, RigL) and self.method.skip_step == "replace"
+        if not (replaces or self._rule.changes_steps):
             return
         if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):
+            skipping, instead = ('(skip_step="replace")', ', or use skip_step="keep"') if replaces else ("", "")
             raise UnsupportedError(
-                'RigL(skip_step="replace") leaves out the optimizer step when masks move, which is not possible with a '
-                'closure. Call backward() before optimizer.step(), or use skip_step="keep".'
+                f"{self.method.name}{skipping} acts between the backward pass and the optimizer step, which is not "
+                "possible with a closure. Call backward() before optimizer.step()"
+                f"{instead}."
             )
+        if self._rule.changes_steps:
+            for one in self._layers:
+                self._rule.before_step(self._view(one, scale=1.0), _scale_of(optimizer))
+        if not replaces:
+            return
         # Optimizers of torch pass over parameters without gradient: neither momentum nor weight decay acts on them.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -136,7 +154,10 @@ class MaskScheduler:
         if _skipped_by_scaler(optimizer):
             self._prepare_step()
             return
-        if self._due():
+        if self._rule.changes_steps:
+            for one in self._layers:
+                self._rule.after_step(self._view(one))
+        if self._due() or self._rule.watches:
             self._update()
         self.step_count += 1
         self._prepare_step()
@@ -145,46 +166,76 @@ class MaskScheduler:
         return schedules.due(self.method, self.step_count)
 
     def _prepare_step(self) -> None:
-        """Arm the probes if masks move at the step to come: its backward passes run before the optimizer's step."""
-        if not self._ranks_gradients:
-            return
-        due = self._due()
+        """Arm the probes if the step to come needs dense gradients: its backward passes run before the optimizer's step."""
+        wanted = self._wants_dense_gradient()
         for one in self._layers:
-            one.arm() if due else one.disarm()
+            one.arm() if wanted else one.disarm()
+
+    def _wants_dense_gradient(self) -> bool:
+        return self._rule.watches or (self._rule.needs_dense_gradient and self._due())
 
     # --- an update --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _update(self) -> None:
         start = time.perf_counter()
-        found = {one.name: one.take() if self._ranks_gradients else None for one in self._layers}
+        found = {one.name: one.take() if self._wants_dense_gradient() else None for one in self._layers}
         movable = self._movable(found)
-        for one in movable:
-            # Before any layer is changed: an optimizer that is not understood must leave everything as it was.
-            list(transition.per_weight_states(self._state_of(one), one.layer.values))
-        fraction = methods.fraction_at(self.method, self.step_count)
-        moved = [self._move(one, found.pop(one.name), fraction) for one in movable]
+        if self._due():
+            for one in movable:
+                # Before any layer is changed: an optimizer that is not understood must leave everything as it was.
+                list(transition.per_weight_states(self._state_of(one), one.layer.values))
+            targets: list[Target | None] = [*self._rule.targets([self._view(one) for one in movable], self.step_count)]
+        else:
+            targets = [None] * len(movable)
+        moved = []
+        for one, target in zip(movable, targets, strict=True):
+            # One dense gradient at a time is averaged, used and released.
+            view = self._view(one, found.pop(one.name))
+            if self._rule.watches:
+                self._rule.watch(view)
+            if target is not None:
+                moved.append(self._move(one, view, target))
         if moved:
             spent = (time.perf_counter() - start) * 1e3
-            record = MaskUpdate(step=self.step_count, drop_fraction=fraction, layers=tuple(moved), milliseconds=spent)
-            self._record(record)
+            fraction = self._rule.fraction(self.step_count)
+            self._record(
+                MaskUpdate(step=self.step_count, drop_fraction=fraction, layers=tuple(moved), milliseconds=spent)
+            )
+
+    def _view(self, one: Attachment, gradient: Tensor | None = None, scale: float | None = None) -> LayerView:
+        """``gradient`` is the dense one of this process; the layer's own is divided by ``scale``, the gradient scaler's by custom."""
+        layer = one.layer
+        own = layer.values.grad
+        scale = _scale_of(self._optimizer) if scale is None else scale
+        return LayerView(
+            name=one.name, shape=layer.weight_shape, structure=layer.structure, index=layer.index,
+            slot_values=layer.values.detach(), slot_gradient=own if own is None or scale == 1 else own / scale,
+            fetch=None if gradient is None else lambda: gradients.averaged(gradient),
+            memory=self._memory[one.name], step=self.step_count,
+            seed=criteria.stream(self.method.seed, one.name, self.step_count),
+        )  # fmt: skip
 
     def _movable(self, found: Mapping[str, Tensor | None]) -> list[Attachment]:
         """The layers whose masks can move now. A number that is not finite anywhere stops the whole update."""
         conditions = []
         for one in self._layers:
-            wanted = (one.layer.values, found[one.name]) if self._ranks_gradients else (one.layer.values,)
+            wanted: list[Tensor | None] = [one.layer.values]
+            if self._wants_dense_gradient():
+                wanted.append(found[one.name])
+            if self._rule.needs_gradient:
+                wanted.append(one.layer.values.grad)
             conditions.append(gradients.condition(wanted))
         if self._layers:
             conditions = gradients.agreed(conditions, self._layers[0].layer.values.device)
         bad = [one.name for one, found_in in zip(self._layers, conditions, strict=True) if found_in == "not finite"]
         if bad:
-            self._skip("not finite", 1, "no mask moves: NaN or infinity in the dense gradient or the weights of", bad)
+            self._skip("not finite", 1, "no mask moves: NaN or infinity in the gradient or the weights of", bad)
             return []
         missing = [one.name for one, found_in in zip(self._layers, conditions, strict=True) if found_in == "missing"]
         if missing:
             why = (
-                "no dense gradient came (is the layer used in the forward pass? was the module compiled and called "
+                "no gradient came (is the layer used in the forward pass? was the module compiled and called "
                 "before sift.schedule?), so the mask rests, of"
             )
             self._skip("missing", len(missing), why, missing)
@@ -197,19 +248,13 @@ class MaskScheduler:
             level, "Mask update at step %d: %s %s", self.step_count, why, ", ".join(names[:5]) + " …" * (len(names) > 5)
         )
 
-    def _move(self, one: Attachment, gradient: Tensor | None, fraction: float) -> LayerUpdate:
-        layer, active = one.layer, one.layer.index.numel()
-        assert self._criterion is not None
-        change: Transition = methods.propose(
-            self._criterion, layer.index, layer.values, None if gradient is None else gradients.averaged(gradient),
-            layer.pattern.numel, schedules.replaced_weights(active, fraction),
-            criteria.stream(self.method.seed, one.name, self.step_count),
-            exclude_just_dropped=isinstance(self.method, RigL) and self.method.exclude_just_dropped,
-        )  # fmt: skip
+    def _move(self, one: Attachment, view: LayerView, target: Target) -> LayerUpdate:
+        layer = one.layer
+        change = _transition(self._rule, view, self._rule.choose(view, target))
         transition.apply(change, layer.index, layer.values, self._state_of(one))
         self._layer_updates[one.name] += 1
         return LayerUpdate(
-            name=one.name, active=active, dropped=change.dropped, grown=change.dropped, regrown=change.regrown
+            name=one.name, active=change.active, dropped=change.dropped, grown=change.grown, regrown=change.regrown
         )
 
     def _state_of(self, one: Attachment) -> Mapping[str, Any]:
@@ -234,7 +279,8 @@ class MaskScheduler:
     # --- saving and resuming ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the tensors of the module and the optimizer, as numbers, strings, lists and dictionaries.
+        """Everything but the tensors of the module and the optimizer, as numbers, strings, lists and dictionaries; tensors are only
+        under ``"memory"``, what the method remembers of every layer.
 
         The random choices of a method are a function of (seed, layer, step), so there is no generator to save.
         """
@@ -248,6 +294,7 @@ class MaskScheduler:
                 for one in self._layers
             },
             "updates": [record.to_plain() for record in self.updates],
+            "memory": {name: {key: tensor.clone() for key, tensor in kept.items()} for name, kept in self._memory.items() if kept},
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -263,13 +310,22 @@ class MaskScheduler:
             step_count = int(state["step_count"])
             skipped = {kind: int(state["skipped"][kind]) for kind in self.skipped}
             layer_updates = {name: int(layer["updates"]) for name, layer in state["layers"].items()}
+            memory = self._restored(state["memory"])
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise StaleArtifactError(
                 f"This is not the state of a mask scheduler, or it is damaged ({type(error).__name__}: {error}). "
                 "Pass what masks.state_dict() returned."
             ) from error
         self.updates, self.step_count, self.skipped, self._layer_updates = updates, step_count, skipped, layer_updates
+        self._memory = memory
         self._prepare_step()
+
+    def _restored(self, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Memory]:
+        devices = {one.name: one.layer.index.device for one in self._layers}
+        return {
+            name: {key: tensor.to(device, copy=True) for key, tensor in saved.get(name, {}).items()}
+            for name, device in devices.items()
+        }
 
     def _check_fits(self, state: Mapping[str, Any]) -> None:
         if state["format"] != _FORMAT:
@@ -298,6 +354,21 @@ def _skipped_by_scaler(optimizer: Optimizer) -> bool:
     """Whether a gradient scaler made a fused optimizer leave out this step; others are not called at all then."""
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, Tensor) and bool(found.any())
+
+
+def _scale_of(optimizer: Optimizer) -> float:
+    """By what a gradient scaler multiplied the gradients a fused optimizer sees; others see them divided by it."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return float(scale) if isinstance(scale, Tensor) else 1.0
+
+
+def _transition(rule: Rule, view: LayerView, choice: Choice) -> Transition:
+    if rule.storage == "compact":
+        return transition.plan(view.index, choice.kept, choice.grown)
+    mask = torch.zeros(view.numel, dtype=torch.bool, device=view.index.device)
+    mask[view.positions[choice.kept]] = True
+    mask[choice.grown] = True
+    return transition.switch(view.index, mask)
 
 
 def _shown(method: Mapping[str, Any]) -> str:

@@ -75,8 +75,11 @@ def save(
         "random": random,
         "extra": dict(extra or {}),
     }
+    metadata = _metadata(module, masks)
+    if metadata["masks"] is not None:
+        state["mask_memory"] = metadata["masks"].pop("memory")
     records = {
-        archive.METADATA: json.dumps(_metadata(module, masks), indent=1).encode(),
+        archive.METADATA: json.dumps(metadata, indent=1).encode(),
         archive.STATE: _plain_bytes(state),
     }
     program = _export(module, example_inputs)
@@ -114,9 +117,12 @@ def load_checkpoint(path: StrPath) -> Checkpoint:
             module = raise_exported(torch.export.load(source))
         _check_layers(source, _layers(module), metadata["layers"])
         _annotate(module, metadata["annotations"])
+        masks = metadata["masks"]
+        if masks is not None:
+            masks["memory"] = state["mask_memory"]
         module.train(metadata["training"])
         return Checkpoint(
-            module=module, masks=metadata["masks"], optimizer=state["optimizer"], random=state["random"],
+            module=module, masks=masks, optimizer=state["optimizer"], random=state["random"],
             extra=state["extra"], metadata=metadata,
         )  # fmt: skip
     except StaleArtifactError:

@@ -8,9 +8,13 @@ generator has a state to keep.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Score = Callable[[Tensor], Tensor]
+"""Gives the scores [n] of positions int64 [n]."""
 
 # The constants of splitmix64 (Steele, Lea and Flood 2014), as signed 64-bit integers.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)

@@ -15,7 +15,7 @@ class LayerUpdate:
     name: str
     """Module path."""
     active: int
-    """Kept weights, the same before and after."""
+    """Kept weights after the update."""
     dropped: int
     grown: int
     regrown: int
@@ -24,9 +24,14 @@ class LayerUpdate:
     @property
     def iou(self) -> float:
         """Intersection over union of the masks before and after, in [0, 1]."""
-        moved = self.dropped - self.regrown
-        union = self.active + moved
-        return (self.active - moved) / union if union else 1.0
+        common, union = self.common_and_union
+        return common / union if union else 1.0
+
+    @property
+    def common_and_union(self) -> tuple[int, int]:
+        """Weights in both masks, and weights in either."""
+        gone, come = self.dropped - self.regrown, self.grown - self.regrown
+        return self.active - come, self.active + gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +58,9 @@ class MaskUpdate:
     @property
     def iou(self) -> float:
         """Intersection over union of all masks before and after, in [0, 1]."""
-        moved = sum(layer.dropped - layer.regrown for layer in self.layers)
-        active = sum(layer.active for layer in self.layers)
-        return (active - moved) / (active + moved) if active + moved else 1.0
+        pairs = [layer.common_and_union for layer in self.layers]
+        union = sum(either for _, either in pairs)
+        return sum(both for both, _ in pairs) / union if union else 1.0
 
     def to_plain(self) -> dict[str, Any]:
         """Numbers, strings, lists and dictionaries only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sift_compiler.options import SET, Decay, MaskMethod, RigL
+from sift_compiler.options import Decay, Dynamic, MaskMethod, Moving
 
 
 def is_update_step(step: int, *, begin: int, end: int, delta_t: int) -> bool:
@@ -18,8 +18,29 @@ def cosine(step: int, *, initial: float, end: int) -> float:
 
 
 def drop_fraction(step: int, *, initial: float, end: int, decay: Decay) -> float:
-    """Share of the active weights replaced at ``step``, in [0, ``initial``]."""
-    return cosine(step, initial=initial, end=end) if decay == "cosine" else initial
+    """Share of the active weights replaced at ``step``, in [0, ``initial``]; the laws are described at ``Dynamic.decay``."""
+    if decay == "constant":
+        return initial
+    if decay == "cosine":
+        return cosine(step, initial=initial, end=end)
+    left = max(0.0, 1 - step / end) if end else 0.0
+    return initial * left ** (3 if decay == "exponential" else 1)
+
+
+def cubic(step: int, *, begin: int, last: int, initial: float, final: float) -> float:
+    """s_f + (s_i - s_f)(1 - p)³ with p from 0 at ``begin`` to 1 at ``last`` (Zhu and Gupta 2017, Eq. 1)."""
+    passed = min(1.0, max(0.0, (step - begin) / (last - begin))) if last > begin else 1.0
+    return final + (initial - final) * (1 - passed) ** 3
+
+
+def last_update(method: Moving) -> int:
+    """The last optimizer step at which ``method`` moves masks; ``begin_step`` if it never does."""
+    return method.begin_step + max(0, (method.end_step - 1 - method.begin_step) // method.delta_t) * method.delta_t
+
+
+def fraction_at(method: Dynamic, step: int) -> float:
+    """Share of the active weights that ``method`` replaces at optimizer step ``step``."""
+    return drop_fraction(step, initial=method.drop_fraction, end=method.end_step, decay=method.decay)
 
 
 def replaced_weights(active: int, fraction: float) -> int:
@@ -29,6 +50,6 @@ def replaced_weights(active: int, fraction: float) -> int:
 
 def due(method: MaskMethod, step: int) -> bool:
     """Whether ``method`` moves masks at optimizer step ``step``."""
-    if not isinstance(method, SET | RigL):
+    if not isinstance(method, Moving):
         return False
     return is_update_step(step, begin=method.begin_step, end=method.end_step, delta_t=method.delta_t)

@@ -2,7 +2,10 @@
 
 A compact weight keeps its length. A connection that goes frees its slot, one that comes takes a free slot: ``index[slot]`` is
 rewritten in place (runtimes watch the index's version), the value, its gradient and its optimizer state become 0. A connection
-dropped and grown again in the same update keeps its slot, hence its value and state (the reference implementation of RigL).
+dropped and grown again in the same update keeps its slot, hence its value and state (the reference implementation of RigL). Where
+fewer come than go slots stay empty, and are the first to be filled when more come than go.
+
+In dense storage nothing is wiped: entries fall asleep and wake up with the value they have.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sift_compiler.errors import UnsupportedError
+from sift_compiler.ir.pattern import EMPTY, asleep, entry_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,50 +26,82 @@ class Transition:
     """One layer's change of mask.
 
     Attributes:
-        slots: int64 [k], ascending; the slots that change owner.
-        positions: int32 [k], ascending; the new owners' positions in the flattened dense weight.
+        slots: int64 [k], the slots that change.
+        entries: int32 [k], what their index becomes.
+        wipe: whether value, gradient and optimizer state of these slots become 0.
+        active: active weights afterwards.
         dropped: weights dropped.
-        regrown: those of them that were grown again at once; ``k = dropped - regrown``.
+        grown: weights grown.
+        regrown: those that were dropped and grown again at once, counted in both.
     """
 
     slots: Tensor
-    positions: Tensor
+    entries: Tensor
+    wipe: bool
+    active: int
     dropped: int
+    grown: int
     regrown: int
 
 
-def plan(index: Tensor, dropped: Tensor, grown: Tensor) -> Transition:
-    """Pair freed slots with new positions.
+def plan(index: Tensor, kept: Tensor, grown: Tensor) -> Transition:
+    """Pair free slots with new positions.
 
     Args:
-        index: int32 [nnz], the pattern's index.
-        dropped: bool [nnz], the slots whose connection goes.
-        grown: [count of dropped] positions that come, none of them among the kept ones.
+        index: int32 [slots], nothing asleep.
+        kept: bool [active], in the order of the slots; the others are dropped.
+        grown: distinct positions that come, none of them among the kept ones and no more than there are free slots.
     """
+    active = (index >= 0).nonzero().squeeze(1)
+    dropped = active[~kept]
     leaving = index[dropped]
     again = torch.isin(leaving, grown)
-    slots = dropped.nonzero().squeeze(1)[~again]
-    positions = grown[~torch.isin(grown, leaving)].sort().values.to(torch.int32)
-    assert slots.numel() == positions.numel()
-    return Transition(slots, positions, leaving.numel(), leaving.numel() - slots.numel())
+    freed = dropped[~again]
+    coming = grown[~torch.isin(grown, leaving)].sort().values.to(torch.int32)
+    lacking = max(0, coming.numel() - freed.numel())
+    slots = torch.cat([freed, (index == EMPTY).nonzero().squeeze(1)[:lacking]]) if lacking else freed
+    assert coming.numel() <= slots.numel()
+    entries = torch.full_like(slots, EMPTY, dtype=torch.int32)
+    entries[: coming.numel()] = coming
+    regrown = leaving.numel() - freed.numel()
+    count = int(kept.sum()) + grown.numel()
+    return Transition(slots, entries, True, count, leaving.numel(), grown.numel(), regrown)
+
+
+def switch(index: Tensor, mask: Tensor) -> Transition:
+    """Wake and put to sleep in dense storage.
+
+    Args:
+        index: int32 [numel], a slot for every entry.
+        mask: bool [numel], the new mask.
+    """
+    entries = entry_of(index)
+    wanted = mask[entries]
+    changed = (wanted != (index >= 0)).nonzero().squeeze(1)
+    moved = entries[changed]
+    grown = int(wanted[changed].sum())
+    new = torch.where(wanted[changed], moved.to(torch.int32), asleep(moved))
+    return Transition(changed, new, False, int(mask.sum()), changed.numel() - grown, grown, 0)
 
 
 @torch.no_grad()
 def apply(transition: Transition, index: Tensor, values: Tensor, state: Mapping[str, Any]) -> None:
-    """Rewrite the slots in place: new position, value 0, gradient 0, optimizer state 0.
+    """Rewrite the slots in place: new entry and, in compact storage, value 0, gradient 0, optimizer state 0.
 
     Args:
-        index: int32 [nnz].
-        values: the parameter [nnz].
+        index: int32 [slots].
+        values: the parameter [slots].
         state: the optimizer's state of ``values``; see :func:`per_weight_states`.
 
     Raises:
         UnsupportedError: the optimizer's state has a layout that is not known. Nothing is changed then.
     """
-    states = list(per_weight_states(state, values))
+    states = list(per_weight_states(state, values)) if transition.wipe else []
     if transition.slots.numel() == 0:
         return
-    index[transition.slots] = transition.positions
+    index[transition.slots] = transition.entries
+    if not transition.wipe:
+        return
     values[transition.slots] = 0
     for tensor in states:
         tensor[transition.slots] = 0

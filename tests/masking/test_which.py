@@ -3,16 +3,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sift_compiler.errors import UnsupportedError
+from sift_compiler.ir.mask_structure import Unstructured
 from sift_compiler.ir.pattern import Pattern
 from sift_compiler.masking import criteria, methods, schedules, transition
-from sift_compiler.options import SET, RigL, Static
+from sift_compiler.masking.layer import LayerView
+from sift_compiler.masking.rule import Rule, replacing
+from sift_compiler.options import SET, MaskMethod, RigL, Static
 
 
 class Signed(methods.GradientGrowth):
     """Drop scores as they are given."""
 
-    def drop_scores(self, values):
-        return values
+    def drop_scores(self, layer):
+        return layer.values
+
+
+def propose(rule, pattern, values, gradient, fraction, seed):
+    """What the rule wants to change."""
+    view = LayerView(
+        name="layer", shape=pattern.shape, structure=Unstructured(), index=pattern.index, slot_values=values,
+        fetch=None if gradient is None else lambda: gradient, seed=seed,
+    )  # fmt: skip
+    choice = rule.choose(view, replacing(view, view.active, fraction, free_only=rule.excludes_just_dropped))
+    return transition.plan(pattern.index, choice.kept, choice.grown)
+
+
+SET_RULE, RIGL_RULE = Rule(SET(end_step=1)), methods.GradientGrowth(RigL(end_step=1))
 
 
 @pytest.mark.parametrize(
@@ -28,8 +45,7 @@ def test_table_of_the_reference_implementation(fraction, expected):
     scores = torch.tensor([-9.0, 1, 4, -1, 5, 8, -2, 3])
     pattern = Pattern.from_mask(torch.tensor([0, 1, 0, 1, 0, 1, 1, 0]))
     values = scores[pattern.index.long()]
-    count = schedules.replaced_weights(pattern.nnz, fraction)
-    change = methods.propose(Signed(), pattern.index, values, scores, 8, count, seed=3)
+    change = propose(Signed(RigL(end_step=1)), pattern, values, scores, fraction, seed=3)
     transition.apply(change, pattern.index, values, {})
     assert pattern.mask().int().tolist() == expected
 
@@ -61,9 +77,11 @@ def test_ties_depend_on_seed_and_position_not_on_the_order_of_slots():
 def test_every_update_keeps_counts_and_chooses_the_best(data):
     numel = data.draw(st.integers(1, 60))
     nnz = data.draw(st.integers(0, numel))
-    count = schedules.replaced_weights(nnz, data.draw(st.floats(0, 1)))
+    fraction = data.draw(st.floats(0, 1))
+    count = schedules.replaced_weights(nnz, fraction)
     exclude = data.draw(st.booleans())
-    rule = data.draw(st.sampled_from([methods.RandomGrowth(), methods.GradientGrowth()]))
+    kind = data.draw(st.sampled_from([Rule, methods.GradientGrowth]))
+    rule = kind(RigL(end_step=1, exclude_just_dropped=exclude))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     pattern = Pattern.random((numel,), nnz, generator)
     pattern.index.copy_(pattern.index[torch.randperm(nnz, generator=generator)])
@@ -71,7 +89,7 @@ def test_every_update_keeps_counts_and_chooses_the_best(data):
     gradient = torch.randint(-3, 4, (numel,), generator=generator).float()
     before, kept = pattern.mask(), dict(zip(pattern.index.tolist(), values.tolist(), strict=True))
 
-    change = methods.propose(rule, pattern.index, values, gradient, numel, count, 1, exclude_just_dropped=exclude)
+    change = propose(rule, pattern, values, gradient, fraction, 1)
     transition.apply(change, pattern.index, values, {})
 
     pattern.check()
@@ -89,24 +107,23 @@ def test_every_update_keeps_counts_and_chooses_the_best(data):
 def test_rigl_grows_the_largest_gradients_and_set_grows_at_random():
     pattern = Pattern((10,), torch.arange(4, dtype=torch.int32))
     values, gradient = torch.tensor([1.0, 2, 3, 4]), torch.tensor([0.0, 0, 0, 0, 1, -9, 2, 8, 0, 0])
-    grown = methods.propose(methods.GradientGrowth(), pattern.index, values, gradient, 10, 2, 0)
-    assert grown.positions.tolist() == [5, 7]
+    grown = propose(RIGL_RULE, pattern, values, gradient, 0.5, 0)
+    assert grown.entries.tolist() == [5, 7]
     assert grown.slots.tolist() == [0, 1]
-    seen = {
-        tuple(methods.propose(methods.RandomGrowth(), pattern.index, values, None, 10, 2, seed).positions.tolist())
-        for seed in range(30)
-    }
+    seen = {tuple(propose(SET_RULE, pattern, values, None, 0.5, seed).entries.tolist()) for seed in range(30)}
     assert len(seen) > 8
 
 
 def test_global_random_state_is_untouched():
     state = torch.get_rng_state()
     pattern = Pattern((10,), torch.arange(4, dtype=torch.int32))
-    methods.propose(methods.RandomGrowth(), pattern.index, torch.ones(4), None, 10, 2, 0)
+    propose(SET_RULE, pattern, torch.ones(4), None, 0.5, 0)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_which_criteria_belong_to_which_method():
-    assert methods.combination(Static()) is None
-    assert not methods.combination(SET(end_step=1)).needs_gradient
-    assert methods.combination(RigL(end_step=1)).needs_gradient
+def test_which_rule_belongs_to_which_method():
+    assert methods.rule_of(Static()) is None
+    assert not methods.rule_of(SET(end_step=1)).needs_dense_gradient
+    assert methods.rule_of(RigL(end_step=1)).needs_dense_gradient
+    with pytest.raises(UnsupportedError, match=r"has no rule.*RigL.*OwnMethod"):
+        methods.rule_of(MaskMethod())
