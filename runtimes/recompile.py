@@ -8,8 +8,8 @@ from torch import Tensor
 class MaskWatch:
     """Remembers the mask a kernel was last packed for.
 
-    A mask is known by its index tensor's memory and version: every in-place write raises the version, and the tensor is kept, so
-    that its memory cannot be handed to another one. ``index`` must be written through the tensor itself (not ``.data``, not NumPy).
+    A mask is known by its index tensor's memory and version: every in-place write raises the version, and its memory is kept, so
+    that it cannot be handed to another one. ``index`` must be written through the tensor itself (not ``.data``, not NumPy).
     """
 
     def __init__(self) -> None:
@@ -24,4 +24,5 @@ class MaskWatch:
 
     def seen(self, index: Tensor) -> None:
         """The kernel now follows ``index``."""
-        self._index, self._version = index, index._version
+        # An alias, because ``index.data = …`` gives the tensor itself other memory.
+        self._index, self._version = index.detach(), index._version

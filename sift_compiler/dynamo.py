@@ -16,11 +16,13 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from sift_compiler.lowering.dense_layers import call_kernel, dense_layers
 from sift_compiler.lowering.partition import SparseNode, assign_handle, partition
-from sift_compiler.nn import live
+from sift_compiler.nn import live, pruned
 from sift_compiler.options import CompileOptions, from_mapping
 from sift_compiler.runtimes import registry
-from sift_compiler.runtimes.base import LiveKernel
+from sift_compiler.runtimes.base import LiveKernel, Runtime
+from sift_compiler.runtimes.pruned import PrunedKernel, PrunedReport, refuse, sparsity_of
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,15 @@ class Compilation:
     rest: str = ""
     """Who runs the rest of the graph, and why if it is not who was asked for."""
     handles: tuple[int, ...] = field(default=())
+    pruned: tuple[PrunedKernel, ...] = ()
+    """Dense layers with many zeros that sparse code may run, see runtimes.pruned."""
+    left_dense: tuple[PrunedReport, ...] = ()
+    """Dense layers that were looked at and left alone, with the reason."""
+
+    @property
+    def pruned_layers(self) -> tuple[PrunedReport, ...]:
+        """What became of every dense layer that was looked at; one report per input shape for those that run."""
+        return (*(report for kernel in self.pruned for report in kernel.reports), *self.left_dense)
 
 
 _compilations: weakref.WeakSet[Compilation] = weakref.WeakSet()
@@ -69,6 +80,8 @@ def sift(
     compilation.handles = tuple(live.register(kernel) for kernel in kernels)
     for node, handle in zip(taken, compilation.handles, strict=True):
         assign_handle(node, handle)
+    if chosen.prune_threshold is not None and not torch.is_grad_enabled():
+        _take_pruned(graph_module.graph, example_inputs, compilation, runtime, threads, chosen.prune_threshold)
     graph_module.recompile()
     compilation.refused = tuple((node.name, node.refusal) for node in nodes if node.refusal is not None)
     _announce(runtime.name, nodes, compilation)
@@ -85,6 +98,25 @@ def _owning(run: Compiled, compilation: Compilation) -> Compiled:
     # The registry of live kernels is weak: the compiled function is what keeps them.
     call.compilation = compilation  # type: ignore[attr-defined]
     return call
+
+
+def _take_pruned(
+    graph: fx.Graph, example_inputs: Sequence[Any], compilation: Compilation, runtime: Runtime, threads: int, threshold: float
+) -> None:  # fmt: skip
+    """Hand dense layers with at least ``threshold`` zeros to kernels that run them as sparse ones."""
+    kernels, left = [], []
+    for layer in dense_layers(graph, example_inputs):
+        reason = refuse(layer, runtime, threshold)
+        if reason is None:
+            kernel = PrunedKernel(layer.spec, layer.name, runtime, threads, threshold)
+            call_kernel(layer, pruned.register(kernel))
+            kernels.append(kernel)
+        else:
+            left.append(PrunedReport(name=layer.name, sparsity=sparsity_of(layer.weight), taken=False, reason=reason))
+            log.debug("%s", left[-1])
+    compilation.pruned, compilation.left_dense = tuple(kernels), tuple(left)
+    if kernels:
+        log.info("%d of %d dense layers hold enough zeros to run sparse", len(kernels), len(kernels) + len(left))
 
 
 def _announce(runtime: str, nodes: Sequence[SparseNode], compilation: Compilation) -> None:

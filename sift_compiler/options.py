@@ -282,12 +282,18 @@ class CompileOptions:
     """Who runs the rest of the graph."""
     threads: int | None = None
     """Threads of the sparse kernels; None takes ``torch.get_num_threads()`` at compile time."""
+    prune_threshold: float | None = 0.5
+    """Dense layers whose weight holds at least this share of zeros, in [0, 1], run sparse where that measures faster: models that another
+    tool has pruned. Only in graphs traced without gradients (``torch.no_grad()``), where a zero cannot be a weight about to be
+    trained. None leaves dense layers alone."""
 
     def __post_init__(self) -> None:
         if self.rest not in ("inductor", "eager"):
             raise unknown_name("rest", self.rest, ("inductor", "eager"))
         if self.threads is not None and self.threads < 1:
             raise _refuse(self, "threads", "at least 1, or None")
+        if self.prune_threshold is not None and not 0 <= self.prune_threshold <= 1:
+            raise _refuse(self, "prune_threshold", "in [0, 1], or None")
 
 
 def from_mapping(kind: type[_Options], values: Mapping[str, Any]) -> _Options:

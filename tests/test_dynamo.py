@@ -146,3 +146,13 @@ def test_without_a_compiler_the_rest_runs_in_eager_mode_said_once(monkeypatch, c
         dynamo._no_inductor.cache_clear()
     said = [record for record in caplog.records if "C++ compiler" in record.getMessage()]
     assert len(said) == 1
+
+
+def test_a_mask_that_is_given_other_memory_is_noticed():
+    model = network().eval()
+    compiled = torch.compile(model, backend="sift")
+    x = torch.randn(16, 1, 9, 9)
+    with torch.no_grad():
+        compiled(x)
+        model[1].index.data = torch.randperm(torch.Size(model[1].weight_shape).numel())[: model[1].index.numel()].int()
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
