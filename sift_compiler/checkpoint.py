@@ -16,10 +16,9 @@ from torch.optim import Optimizer
 
 from sift_compiler.attachment import unwrapped
 from sift_compiler.errors import StaleArtifactError, UserError
-from sift_compiler.options import SET, MaskMethod, RigL, Static, from_mapping
+from sift_compiler.masking.methods import METHODS
+from sift_compiler.options import MaskMethod, from_mapping
 from sift_compiler.schedule import MaskScheduler
-
-_METHODS: Mapping[str, type[MaskMethod]] = {kind.__name__: kind for kind in (RigL, SET, Static)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +60,7 @@ class Checkpoint:
         options = dict(self.masks["method"])
         name = options.pop("name")
         try:
-            return from_mapping(_METHODS[name], options)
+            return from_mapping(METHODS[name], options)
         except (KeyError, UserError) as error:
             raise StaleArtifactError(f"The saved mask method {name}({options}) is not known here: {error}") from error
 

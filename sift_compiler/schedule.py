@@ -7,6 +7,7 @@ steps, and then the masks move. ``begin_step=0``, the default, makes step 0 an u
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ def schedule(module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> Mas
         raise unknown_name(
             "mask method (pass an object such as sift.RigL(end_step=…))",
             method,
-            [each.__name__ for each in methods.RULES],
+            methods.METHODS,
         )
     if not isinstance(method, MaskMethod):
         raise UserError(
@@ -70,7 +71,7 @@ class MaskScheduler:
     Attributes:
         method: the method and its options.
         step_count: optimizer steps seen.
-        updates: a record per mask update, oldest first.
+        updates: a record per mask update, oldest first; of methods that move masks on every step the last one only.
         skipped: updates (``"not finite"``) and layers of updates (``"missing"``) left out because a gradient or weight was
             NaN or infinite, or because no backward pass reached the layer.
     """
@@ -157,7 +158,7 @@ class MaskScheduler:
         if self._rule.changes_steps:
             for one in self._layers:
                 self._rule.after_step(self._view(one))
-        if self._due() or self._rule.watches:
+        if self._due() or self._rule.watches(self.step_count):
             self._update()
         self.step_count += 1
         self._prepare_step()
@@ -172,7 +173,7 @@ class MaskScheduler:
             one.arm() if wanted else one.disarm()
 
     def _wants_dense_gradient(self) -> bool:
-        return self._rule.watches or (self._rule.needs_dense_gradient and self._due())
+        return self._rule.watches(self.step_count) or (self._rule.needs_dense_gradient and self._due())
 
     # --- an update --------------------------------------------------------------------------------------------------
 
@@ -192,7 +193,7 @@ class MaskScheduler:
         for one, target in zip(movable, targets, strict=True):
             # One dense gradient at a time is averaged, used and released.
             view = self._view(one, found.pop(one.name))
-            if self._rule.watches:
+            if self._rule.watches(self.step_count):
                 self._rule.watch(view)
             if target is not None:
                 moved.append(self._move(one, view, target))
@@ -242,6 +243,8 @@ class MaskScheduler:
         return [one for one in self._layers if one.name not in missing]
 
     def _skip(self, kind: str, count: int, why: str, names: list[str]) -> None:
+        if not self._due():
+            return
         level = logging.DEBUG if self.skipped[kind] else logging.WARNING
         self.skipped[kind] += count
         log.log(
@@ -250,8 +253,12 @@ class MaskScheduler:
 
     def _move(self, one: Attachment, view: LayerView, target: Target) -> LayerUpdate:
         layer = one.layer
-        change = _transition(self._rule, view, self._rule.choose(view, target))
+        choice = self._rule.choose(view, target)
+        change = _transition(self._rule, view, choice)
         transition.apply(change, layer.index, layer.values, self._state_of(one))
+        if choice.forgotten is not None:
+            for tensor in transition.per_weight_states(self._state_of(one), layer.values):
+                tensor[choice.forgotten] = 0
         self._layer_updates[one.name] += 1
         return LayerUpdate(
             name=one.name, active=change.active, dropped=change.dropped, grown=change.grown, regrown=change.regrown
@@ -262,7 +269,7 @@ class MaskScheduler:
         return state
 
     def _record(self, record: MaskUpdate) -> None:
-        self.updates.append(record)
+        self.updates = [*self.updates, record] if self._rule.keeps_history else [record]
         log.debug("Mask update at step %d: %d weights moved, %.1f ms", record.step, record.dropped, record.milliseconds)
         for listener in list(self._listeners):
             listener(record)
@@ -286,7 +293,7 @@ class MaskScheduler:
         """
         return {
             "format": _FORMAT,
-            "method": {"name": self.method.name, **dataclasses.asdict(self.method)},
+            "method": _plain(self.method),
             "step_count": self.step_count,
             "skipped": dict(self.skipped),
             "layers": {
@@ -333,7 +340,7 @@ class MaskScheduler:
                 f"The mask scheduler's state has format {state['format']!r}; this version reads {_FORMAT}. "
                 "Resume with the version of sift_compiler that wrote it."
             )
-        mine = {"name": self.method.name, **dataclasses.asdict(self.method)}
+        mine = _plain(self.method)
         theirs = dict(state["method"])
         if mine != theirs:
             raise UserError(
@@ -369,6 +376,12 @@ def _transition(rule: Rule, view: LayerView, choice: Choice) -> Transition:
     mask[view.positions[choice.kept]] = True
     mask[choice.grown] = True
     return transition.switch(view.index, mask)
+
+
+def _plain(method: MaskMethod) -> dict[str, Any]:
+    """Name and options as they come back from a file: tuples as lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
+    return {"name": method.name, **plain}
 
 
 def _shown(method: Mapping[str, Any]) -> str:

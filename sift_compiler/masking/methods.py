@@ -1,4 +1,4 @@
-"""Which rule belongs to which method; RigL is SET with one function changed."""
+"""All mask methods, and which rule belongs to which; RigL is SET with one function changed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from torch import Tensor
 
 from sift_compiler.errors import UnsupportedError
 from sift_compiler.masking import criteria
+from sift_compiler.masking.gradual import GMP, GraNet
 from sift_compiler.masking.layer import LayerView
+from sift_compiler.masking.mest import MEST
 from sift_compiler.masking.rule import Rule
+from sift_compiler.masking.snfs import SNFS
+from sift_compiler.masking.srigl import SRigL
 from sift_compiler.options import SET, MaskMethod, RigL, Static
 
 
@@ -23,23 +27,27 @@ class GradientGrowth(Rule):
         return criteria.magnitude(layer.dense_gradient[candidates])
 
 
-RULES: Mapping[type[MaskMethod], type[Rule] | None] = {Static: None, SET: Rule, RigL: GradientGrowth}
-"""The rule of every method; None if its masks never move."""
+METHODS: Mapping[str, type[MaskMethod]] = {
+    kind.__name__: kind for kind in (Static, SET, RigL, SNFS, GMP, GraNet, MEST, SRigL)
+}
+"""Every method by its name."""
 
 
 def rule_of(method: MaskMethod) -> Rule | None:
-    """The rule of ``method``, a fresh one for every scheduler; None if its masks never move.
+    """The rule of ``method``; None if its masks never move.
 
     Raises:
         UnsupportedError: a method that has none.
     """
     if isinstance(method, Rule):
         return method
-    for kind in type(method).__mro__:
-        if kind in RULES:
-            made = RULES[kind]
-            return None if made is None else made(method)
+    if isinstance(method, RigL):
+        return GradientGrowth(method)
+    if isinstance(method, SET):
+        return Rule(method)
+    if isinstance(method, Static):
+        return None
     raise UnsupportedError(
-        f"The mask method {method!r} has no rule. Known: {', '.join(kind.__name__ for kind in RULES)}. A method of your own derives "
-        "from sift.OwnMethod; see examples/write_a_method.py."
+        f"The mask method {method!r} has no rule. Known: {', '.join(METHODS)}. A method of your own derives from "
+        "sift.DynamicMethod; see examples/write_a_method.py."
     )

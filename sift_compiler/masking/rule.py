@@ -20,7 +20,7 @@ from sift_compiler.ir.mask_structure import (
 )
 from sift_compiler.masking import criteria, schedules, selection
 from sift_compiler.masking.layer import LayerView
-from sift_compiler.options import Dynamic, MaskMethod
+from sift_compiler.options import Dynamic, MaskMethod, Moving
 
 Kinds = tuple[type[Structure], ...]
 
@@ -35,26 +35,33 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Which weights stay, bool [active], and where new ones come, positions int64 [n]; dropped ones may come again."""
+    """Which weights stay and which come.
+
+    Attributes:
+        kept: bool [active].
+        grown: int64 [n], positions; dropped ones may come again.
+        forgotten: bool [slots] or None; slots whose optimizer state becomes 0, besides those that change owner.
+    """
 
     kept: Tensor
     grown: Tensor
+    forgotten: Tensor | None = None
 
 
 class Rule:
     """Sparse evolutionary training (Mocanu et al. 2018): the smallest magnitudes go, as many random connections come.
 
-    Every other method changes what it does differently. A method of your own derives from :class:`OwnMethod`.
+    Every other method changes what it does differently. A method of your own derives from :class:`DynamicMethod`.
     """
 
     needs_gradient: ClassVar[bool] = False
     """Whether scores read the gradient of the active weights."""
     needs_dense_gradient: ClassVar[bool] = False
     """Whether they read the gradient of every entry of the dense weight, on update steps."""
-    watches: ClassVar[bool] = False
-    """Whether :meth:`watch` wants the dense gradient of every step."""
     changes_steps: ClassVar[bool] = False
     """Whether :meth:`before_step` and :meth:`after_step` have something to do on every optimizer step."""
+    keeps_history: ClassVar[bool] = True
+    """Whether every update is recorded; methods that move masks on every step keep the last one only."""
     storage: ClassVar[Literal["compact", "dense"]] = "compact"
     """``"dense"``: weights outside the mask have values and gradients too; see :mod:`sift_compiler.ir.pattern`."""
     structures: ClassVar[Kinds] = (Unstructured, NM, TransposableNM, Block, ConstantFanIn, Channel)
@@ -88,11 +95,11 @@ class Rule:
     def choose(self, layer: LayerView, target: Target) -> Choice:
         """Drop down to ``target.survivors``, then grow up to ``target.active``."""
         kept = selection.survivors(layer, self.drop_scores(layer), target.survivors)
+        if target.active == target.survivors:
+            return Choice(kept, layer.positions[:0])
         if isinstance(layer.structure, TransposableNM):
             mask = selection.reprojected(layer, kept, target.active, lambda places: self.grow_scores(layer, places))
-            kept = kept & mask[layer.positions]
-            mask[layer.positions[kept]] = False
-            return Choice(kept, mask.nonzero().squeeze(1))
+            return chosen(layer, mask)
         grown = selection.newcomers(
             layer, kept, target.active - target.survivors, lambda places: self.grow_scores(layer, places),
             exclude_just_dropped=self.excludes_just_dropped,
@@ -109,8 +116,12 @@ class Rule:
     def begin(self, layer: LayerView) -> None:
         """Once, before the first step: check the layer, fill its memory."""
 
+    def watches(self, step: int) -> bool:
+        """Whether :meth:`watch` wants the dense gradient of this step, be masks due or not."""
+        return False
+
     def watch(self, layer: LayerView) -> None:
-        """After every step, if :attr:`watches`."""
+        """After a step that :meth:`watches` asked for, before masks move."""
 
     def before_step(self, layer: LayerView, scale: float) -> None:
         """Before every optimizer step: ``layer.slot_gradient`` may be changed in place; it is ``scale`` times the gradient."""
@@ -167,11 +178,27 @@ def drop_granule(layer: LayerView) -> int:
     return max(1, living) * layout.shape[2]
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnMethod(Dynamic, Rule):
-    """A method of your own, options and rule in one: change what differs from SET, which this is. See examples/write_a_method.py."""
+def chosen(layer: LayerView, mask: Tensor) -> Choice:
+    """The choice that makes ``mask``, bool [numel] or of the weight's shape, the layer's mask."""
+    mask = mask.reshape(-1).clone()
+    kept = mask[layer.positions]
+    mask[layer.positions] = False
+    return Choice(kept, mask.nonzero().squeeze(1))
 
+
+class _RuleOfItself(Rule):
     @property
     def method(self) -> MaskMethod:  # type: ignore[override]
-        """Itself."""
+        """Itself: these methods are options and rule in one."""
+        assert isinstance(self, MaskMethod)
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingMethod(Moving, _RuleOfItself):
+    """Options and rule in one, for methods that decide themselves how many weights go and come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicMethod(Dynamic, _RuleOfItself):
+    """Options and rule in one: SET, until a child changes what differs. Make your own; see examples/write_a_method.py."""

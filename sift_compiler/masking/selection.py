@@ -76,13 +76,13 @@ def reprojected(layer: LayerView, kept: Tensor, count: int, score: criteria.Scor
     taken = torch.zeros_like(dense, dtype=torch.bool)
     taken[layer.positions[kept]] = True
     candidates = (~taken).nonzero().squeeze(1)
-    dense[candidates] = _ranks(score(candidates), candidates, layer.stream("grow"))
+    dense[candidates] = ranks(score(candidates), candidates, layer.stream("grow"))
     # Every kept weight outweighs all candidates of its square.
     dense[taken] = 1.0 + layer.structure.layout(layer.shape).shape[1]
     return layer.structure.project(dense.view(layer.shape), count, layer.ties("grow")).reshape(-1)
 
 
-def _ranks(scores: Tensor, positions: Tensor, seed: int) -> Tensor:
+def ranks(scores: Tensor, positions: Tensor, seed: int) -> Tensor:
     """Scores as ranks in (0, 1], ties broken; sums of them stay comparable whatever the range of the scores."""
     order = criteria.priority(positions, seed).argsort(stable=True)
     order = order[scores[order].argsort(stable=True)]

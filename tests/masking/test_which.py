@@ -125,5 +125,5 @@ def test_which_rule_belongs_to_which_method():
     assert methods.rule_of(Static()) is None
     assert not methods.rule_of(SET(end_step=1)).needs_dense_gradient
     assert methods.rule_of(RigL(end_step=1)).needs_dense_gradient
-    with pytest.raises(UnsupportedError, match=r"has no rule.*RigL.*OwnMethod"):
+    with pytest.raises(UnsupportedError, match=r"has no rule.*RigL.*DynamicMethod"):
         methods.rule_of(MaskMethod())
