@@ -13,10 +13,11 @@ from torch import Tensor
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.packing import Packing, packing
 from sift_compiler.lowering.plan import Choice
-from sift_compiler.lowering.program import Program, pack
+from sift_compiler.lowering.program import Program
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.runtimes.tvm import kernels
 from sift_compiler.runtimes.tvm.build import compiled
+from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
 from sift_compiler.runtimes.tvm.sparse_kernel import sparse_tile
 from sift_compiler.runtimes.tvm.workspace import scratch
 
@@ -47,13 +48,9 @@ class _Mask:
 
     @classmethod
     def of(cls, program: Program) -> _Mask:
-        # One spare entry: TVM refuses the null pointer of an empty tensor.
-        return cls(
-            *(
-                torch.from_numpy(np.append(a, np.int32(0)))
-                for a in (program.stream, program.block_column, program.block_value, program.order)
-            )
-        )
+        arrays = (program.stream, program.block_column, program.block_value, program.order)
+        # TVM refuses the null pointer of an empty tensor.
+        return cls(*(torch.from_numpy(a) if a.size else _none() for a in arrays))
 
 
 def _none() -> Tensor:
@@ -109,6 +106,7 @@ class Part:
         self._groups = -(-spec.out_channels // tile.rows)
         self._blocks = -(-spec.in_channels // tile.channels)
         self._layout = packing(spec, choice.count, size, tile)
+        self._packer = self._mask_packer()
         self._kernel, self._gather = self._compile()
         self._items = self._items_at_once()
         if spec.kind == "linear":
@@ -123,13 +121,16 @@ class Part:
 
     def repack(self, index: np.ndarray[Any, np.dtype[np.int32]]) -> Program:
         """Follow the mask ``index``: int32 [nnz]."""
+        program = self._packer.pack(torch.from_numpy(index))
+        self._mask = _Mask.of(program)
+        return program
+
+    def _mask_packer(self) -> MaskPacker:
         tile, layout = self.choice.tile, self._layout
         linear = self.spec.kind == "linear"
         offsets = np.zeros(1, np.int32) if linear else layout.offsets
         channel = tile.width * tile.vector if linear else layout.channel
-        program = pack(index, self.spec, tile.rows, tile.channels, offsets, channel)
-        self._mask = _Mask.of(program)
-        return program
+        return MaskPacker(self.spec, tile.rows, tile.channels, offsets, channel, self._cpu.name)
 
     # --- running --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ tap) of a block in which at least one row of the group keeps a weight; which row
 1 … 2^R - 1. Columns are bucketed by (block, group, pattern), so the kernel runs one small loop per pattern, with the rows of the
 pattern unrolled: one load of x serves every kept row, and the mask is data, never code.
 
-Backend-neutral and pure: NumPy in, NumPy out; the order of ``index`` carries no meaning.
+Backend-neutral and pure: NumPy in, NumPy out; the order of ``index`` carries no meaning. A runtime may pack with code of its own, as
+runtimes.tvm does; this is what it must equal.
 """
 
 from __future__ import annotations
