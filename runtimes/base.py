@@ -22,6 +22,8 @@ class Specialisations:
     repack_ms: float = 0.0
     last_repack_ms: float = 0.0
     calls: int = field(default=0)
+    backward: Specialisations | None = None
+    """The same for the gradients' kernels, each with a program of its own; None where gradients run on the reference path."""
 
 
 class LiveKernel(Protocol):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +16,10 @@ from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.plan import LayerPlan
 from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.nn import reference
 from sift_compiler.runtimes.base import Specialisations
 from sift_compiler.runtimes.recompile import MaskWatch
+from sift_compiler.runtimes.tvm.input_gradient import InputGradient
 from sift_compiler.runtimes.tvm.output import fresh_output
 from sift_compiler.runtimes.tvm.part import Part
 from sift_compiler.runtimes.tvm.workspace import scratch
@@ -31,11 +35,22 @@ class TvmKernel:
         name: its module path, for messages.
         threads: workers of the kernels.
         cpu: the processor to compile for.
+        specialisations: counters to use, those of another kernel; by default its own.
     """
 
-    def __init__(self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts) -> None:
+    def __init__(
+        self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts, specialisations: Specialisations | None = None
+    ) -> None:
         self.spec, self.name, self.threads, self.cpu = spec, name, threads, cpu
-        self.specialisations = Specialisations()
+        self.specialisations = specialisations or Specialisations(backward=Specialisations())
+        derived = functools.partial(
+            TvmKernel,
+            name=f"gradient of {name}",
+            threads=threads,
+            cpu=cpu,
+            specialisations=self.specialisations.backward,
+        )
+        self._input_gradient = InputGradient(spec, derived)
         self._watch = MaskWatch()
         self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[Part, ...]]] = {}
         self._no_bias = torch.zeros(spec.out_channels)
@@ -65,6 +80,17 @@ class TvmKernel:
             self._run(prepared[1], x, values, bias, y)
         self.specialisations.calls += 1
         return y
+
+    @torch.no_grad()
+    def input_gradient(self, gradient: Tensor, values: Tensor, index: Tensor, input_shape: Sequence[int]) -> Tensor:
+        """dL/dx of ``input_shape``, contiguous float32, from dL/dy [N, M, H', W'] or [..., out]."""
+        self._check(tuple(input_shape))
+        return self._input_gradient(gradient, values, index, tuple(input_shape))
+
+    @torch.no_grad()
+    def values_gradient(self, gradient: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        """dL/dvalues [slots] from dL/dy and the layer's input, by way of the dense gradient."""
+        return _reference_values_gradient(self.spec, gradient, x, index)
 
     # --- one call ---------------------------------------------------------------------------------------------------
 
@@ -157,3 +183,12 @@ class TvmKernel:
         if self.spec.kind == "linear":
             return (*shape[:-1], self.spec.out_channels)
         return (shape[0], self.spec.out_channels, *self.spec.output_size(shape[2], shape[3]))
+
+
+def _reference_values_gradient(spec: LayerSpec, gradient: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    if spec.kind == "linear":
+        return reference.gather(reference.linear_weight_gradient(gradient, x), index)
+    dense = reference.conv2d_weight_gradient(
+        gradient, x, spec.weight_shape, spec.stride, spec.padding, spec.dilation, spec.groups
+    )
+    return reference.gather(dense, index)

@@ -22,6 +22,9 @@ class LayerSpec:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    output_padding: tuple[int, int] = (0, 0)
+    """Rows and columns of output beyond what ``padding`` allows (negative: fewer), at the end; zeros stand where they read past the
+    input. Only layers derived for gradients have any."""
     bias: bool = False
     dtype: str = "float32"
     nnz: int
@@ -47,7 +50,9 @@ class LayerSpec:
         sizes = (height, width)
         taps = self.kernel_size
         out = [
-            (sizes[a] + 2 * self.padding[a] - self.dilation[a] * (taps[a] - 1) - 1) // self.stride[a] + 1
+            (sizes[a] + 2 * self.padding[a] - self.dilation[a] * (taps[a] - 1) - 1) // self.stride[a]
+            + 1
+            + self.output_padding[a]
             for a in (0, 1)
         ]
         return out[0], out[1]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -24,6 +25,17 @@ class Kernel(Protocol):
 
     def __call__(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output, contiguous; none of the arguments is changed."""
+
+
+@runtime_checkable
+class GradientKernel(Kernel, Protocol):
+    """A kernel that computes the layer's gradients, too. Kernels need not: gradients of the others run on the reference path."""
+
+    def input_gradient(self, gradient: Tensor, values: Tensor, index: Tensor, input_shape: Sequence[int]) -> Tensor:
+        """dL/dx of ``input_shape``, contiguous, from dL/dy; no argument is changed."""
+
+    def values_gradient(self, gradient: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        """dL/dvalues [slots] from dL/dy; slots that are asleep get theirs, empty ones 0."""
 
 
 _handles = itertools.count(1)
@@ -46,3 +58,13 @@ def lookup(handle: int) -> Kernel:
             f"The compiled kernel {handle} of a sparse layer is gone: the compiled function that owned it was released. "
             "Compile the model again with torch.compile(model, backend='sift')."
         ) from None
+
+
+def gradients(handle: int) -> GradientKernel | None:
+    """The kernel behind ``handle`` if it computes gradients; None stands for the reference.
+
+    A backward pass may outlive the compiled function whose forward pass it belongs to, and with it the kernel. Nothing is lost but
+    time: the gradients then come from the reference, which needs no more than the layer's tensors.
+    """
+    kernel = _kernels.get(handle)
+    return kernel if isinstance(kernel, GradientKernel) else None

@@ -3,8 +3,8 @@
 One boundary for everything: eager mode, autograd, torch.compile, autocast, the FLOP counter and every runtime meet here.
 
     y  = conv2d(x, values, index, bias, shape, stride, padding, dilation, groups, probe, kernel_handle)
-    dx = conv2d_input_gradient(dy, values, index, shape, input_shape, stride, padding, dilation, groups)
-    dv = conv2d_values_gradient(dy, x, index, shape, stride, padding, dilation, groups, probe)
+    dx = conv2d_input_gradient(dy, values, index, shape, input_shape, stride, padding, dilation, groups, kernel_handle)
+    dv = conv2d_values_gradient(dy, x, index, shape, stride, padding, dilation, groups, probe, kernel_handle)
 
 ``values`` and ``index``, both as long as there are slots, are the compact weight of dense ``shape`` (see ir.pattern). ``probe`` is a handle of
 nn.growth (0: none), ``kernel_handle`` one of nn.live (0: the reference). Both are constants of the graph.
@@ -50,9 +50,12 @@ def _(
 @torch.library.custom_op("sift::conv2d_input_gradient", mutates_args=())
 def conv2d_input_gradient(
     gradient: Tensor, values: Tensor, index: Tensor, shape: Sequence[int], input_shape: Sequence[int],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
     """dL/dx of :func:`conv2d`, of ``input_shape``, contiguous."""
+    kernel = live.gradients(kernel_handle)
+    if kernel is not None:
+        return kernel.input_gradient(gradient, values, index, input_shape)
     return reference.conv2d_input_gradient(
         gradient, values, index, shape, input_shape, stride, padding, dilation, groups
     )
@@ -61,7 +64,7 @@ def conv2d_input_gradient(
 @conv2d_input_gradient.register_fake
 def _(
     gradient: Tensor, values: Tensor, index: Tensor, shape: Ints, input_shape: Ints,
-    stride: Ints, padding: Ints, dilation: Ints, groups: int,
+    stride: Ints, padding: Ints, dilation: Ints, groups: int, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
     return gradient.new_empty(input_shape)
 
@@ -69,9 +72,12 @@ def _(
 @torch.library.custom_op("sift::conv2d_values_gradient", mutates_args=())
 def conv2d_values_gradient(
     gradient: Tensor, x: Tensor, index: Tensor, shape: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], groups: int, probe: int = 0,
+    padding: Sequence[int], dilation: Sequence[int], groups: int, probe: int = 0, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
-    """dL/dvalues [nnz] of :func:`conv2d`; leaves the dense gradient in the probe if that is armed."""
+    """dL/dvalues [slots] of :func:`conv2d`; leaves the dense gradient in the probe if that is armed."""
+    kernel = _gradients_without_probe(kernel_handle, probe)
+    if kernel is not None:
+        return kernel.values_gradient(gradient, x, index)
     dense = reference.conv2d_weight_gradient(gradient, x, shape, stride, padding, dilation, groups)
     _deliver(probe, dense)
     return reference.gather(dense, index)
@@ -80,7 +86,7 @@ def conv2d_values_gradient(
 @conv2d_values_gradient.register_fake
 def _(
     gradient: Tensor, x: Tensor, index: Tensor, shape: Ints, stride: Ints,
-    padding: Ints, dilation: Ints, groups: int, probe: int = 0,
+    padding: Ints, dilation: Ints, groups: int, probe: int = 0, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
     return gradient.new_empty(index.shape)
 
@@ -112,27 +118,42 @@ def _(
 
 
 @torch.library.custom_op("sift::linear_input_gradient", mutates_args=())
-def linear_input_gradient(gradient: Tensor, values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
+def linear_input_gradient(
+    gradient: Tensor, values: Tensor, index: Tensor, shape: Sequence[int], kernel_handle: int = 0
+) -> Tensor:
     """dL/dx [..., in] of :func:`linear`."""
+    kernel = live.gradients(kernel_handle)
+    if kernel is not None:
+        return kernel.input_gradient(gradient, values, index, (*gradient.shape[:-1], shape[1]))
     return reference.linear_input_gradient(gradient, values, index, shape)
 
 
 @linear_input_gradient.register_fake
-def _(gradient: Tensor, values: Tensor, index: Tensor, shape: Ints) -> Tensor:
+def _(gradient: Tensor, values: Tensor, index: Tensor, shape: Ints, kernel_handle: int = 0) -> Tensor:
     return gradient.new_empty((*gradient.shape[:-1], shape[1]))
 
 
 @torch.library.custom_op("sift::linear_values_gradient", mutates_args=())
-def linear_values_gradient(gradient: Tensor, x: Tensor, index: Tensor, shape: Sequence[int], probe: int = 0) -> Tensor:
-    """dL/dvalues [nnz] of :func:`linear`; leaves the dense gradient in the probe if that is armed."""
+def linear_values_gradient(
+    gradient: Tensor, x: Tensor, index: Tensor, shape: Sequence[int], probe: int = 0, kernel_handle: int = 0
+) -> Tensor:
+    """dL/dvalues [slots] of :func:`linear`; leaves the dense gradient in the probe if that is armed."""
+    kernel = _gradients_without_probe(kernel_handle, probe)
+    if kernel is not None:
+        return kernel.values_gradient(gradient, x, index)
     dense = reference.linear_weight_gradient(gradient, x)
     _deliver(probe, dense)
     return reference.gather(dense, index)
 
 
 @linear_values_gradient.register_fake
-def _(gradient: Tensor, x: Tensor, index: Tensor, shape: Ints, probe: int = 0) -> Tensor:
+def _(gradient: Tensor, x: Tensor, index: Tensor, shape: Ints, probe: int = 0, kernel_handle: int = 0) -> Tensor:
     return gradient.new_empty(index.shape)
+
+
+def _gradients_without_probe(handle: int, probe: int) -> live.GradientKernel | None:
+    """The kernel that computes the gradient of kept values; None while the probe wants the dense gradient, which holds it anyway."""
+    return None if armed_probe(probe) is not None else live.gradients(handle)
 
 
 def _deliver(handle: int, dense: Tensor) -> None:
@@ -145,7 +166,9 @@ def _deliver(handle: int, dense: Tensor) -> None:
 
 
 def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, index, _bias, ctx.shape, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.probe, _ = inputs
+    x, values, index, _bias, ctx.shape, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.probe, ctx.kernel = (
+        inputs
+    )
     ctx.save_for_backward(x, values, index)
 
 
@@ -154,16 +177,16 @@ def _conv2d_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     geometry = (ctx.stride, ctx.padding, ctx.dilation, ctx.groups)
     dx = dv = db = None
     if ctx.needs_input_grad[0]:
-        dx = conv2d_input_gradient(gradient, values, index, ctx.shape, x.shape, *geometry)
+        dx = conv2d_input_gradient(gradient, values, index, ctx.shape, x.shape, *geometry, ctx.kernel)
     if ctx.needs_input_grad[1]:
-        dv = conv2d_values_gradient(gradient, x, index, ctx.shape, *geometry, ctx.probe)
+        dv = conv2d_values_gradient(gradient, x, index, ctx.shape, *geometry, ctx.probe, ctx.kernel)
     if ctx.needs_input_grad[3]:
         db = gradient.sum((0, 2, 3))
     return (dx, dv, None, db, *[None] * 7)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, index, _bias, ctx.shape, ctx.probe, _ = inputs
+    x, values, index, _bias, ctx.shape, ctx.probe, ctx.kernel = inputs
     ctx.save_for_backward(x, values, index)
 
 
@@ -171,9 +194,9 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, values, index = ctx.saved_tensors
     dx = dv = db = None
     if ctx.needs_input_grad[0]:
-        dx = linear_input_gradient(gradient, values, index, ctx.shape)
+        dx = linear_input_gradient(gradient, values, index, ctx.shape, ctx.kernel)
     if ctx.needs_input_grad[1]:
-        dv = linear_values_gradient(gradient, x, index, ctx.shape, ctx.probe)
+        dv = linear_values_gradient(gradient, x, index, ctx.shape, ctx.probe, ctx.kernel)
     if ctx.needs_input_grad[3]:
         db = gradient.reshape(-1, gradient.shape[-1]).sum(0)
     return (dx, dv, None, db, *[None] * 3)
