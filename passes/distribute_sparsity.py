@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping
 
+from torch import nn
 from torch.fx import GraphModule
 
 from sift_compiler.errors import UserError
@@ -49,6 +50,11 @@ class DistributeSparsity(Pass):
         else:
             shapes = [each.widened_shape for each in layers]
             densities = _DENSITIES[self.distribution](shapes, self.sparsity) if layers else []
+            if self.distribution == "uniform":
+                densities = [
+                    density**0.5 if _more_groups(graph_module, each) else density
+                    for each, density in zip(layers, densities, strict=True)
+                ]
         made = dict(notes.decisions(graph_module))
         for each, density in zip(layers, densities, strict=True):
             made[each.path] = dataclasses.replace(each, density=density)
@@ -66,6 +72,15 @@ class DistributeSparsity(Pass):
             next((sparsity for pattern, sparsity in chosen.items() if _fits(each, pattern)), self.sparsity)
             for each in layers
         ]
+
+
+def _more_groups(graph_module: GraphModule, decision: LayerDecision) -> bool:
+    """Whether a convolution was widened by more groups of the same width, as a depthwise one is: its FLOPs grow as the widening, not as
+    its square, so that it is iso-FLOP at a density of 1 / k = (1 - s)^(1/2)  (derived)."""
+    layer = graph_module.get_submodule(decision.path)
+    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    before, after = decision.weight_shape, decision.widened_shape
+    return grouped and before[0] < after[0] and before[1] == after[1]
 
 
 def _fits(decision: LayerDecision, pattern: str) -> bool:

@@ -6,7 +6,9 @@ inputs, of graph outputs and of what the user pins never grow.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +21,27 @@ from sift_compiler.ir.width import Width, WidthTable
 from sift_compiler.nn import MaskHook, SparseLayer
 from sift_compiler.nn.attention import ScaledDotProductAttention
 from sift_compiler.passes import width_rules as rules
-from sift_compiler.passes import width_rules_shapes as _shapes  # noqa: F401  (fills the registry)
+from sift_compiler.passes import (
+    width_rules_elementwise,
+    width_rules_indexing,
+    width_rules_joining,
+    width_rules_reductions,
+    width_rules_shapes,
+)
+from sift_compiler.passes import width_rules_products as products
 from sift_compiler.passes.assign_rules import untouched
 from sift_compiler.passes.base import Pass, PassResult
 from sift_compiler.passes.conditions import SHAPES_KNOWN, WIDTHS_KNOWN
 from sift_compiler.passes.operators import module_path, place
-from sift_compiler.passes.width_context import WidthContext
+from sift_compiler.passes.width_context import WidthChoices, WidthContext, flat
 from sift_compiler.passes.width_registry import frozen, rule_of
+
+logger = logging.getLogger(__name__)
+
+RULES = (
+    rules, products, width_rules_elementwise, width_rules_indexing, width_rules_joining, width_rules_reductions, width_rules_shapes,
+)  # fmt: skip
+"""The files that hold the rules; importing them fills the registry."""
 
 
 class InferWidths(Pass):
@@ -35,6 +51,8 @@ class InferWidths(Pass):
         pin: shell patterns of module paths or node names whose sizes, in and out, stay as they are.
         rule: pattern under which a transformation takes layers; those of other transformations are pinned. None pins no layer.
 
+        choices: which factor of a width grows where it is a product (heads, groups).
+
     Raises:
         UnsupportedError: an operator has no width rule.
     """
@@ -42,12 +60,27 @@ class InferWidths(Pass):
     requires = (SHAPES_KNOWN,)
     ensures = (WIDTHS_KNOWN,)
 
-    def __init__(self, pin: Sequence[str] = (), rule: str | None = None) -> None:
-        self.pin, self.rule = tuple(pin), rule
+    def __init__(self, pin: Sequence[str] = (), rule: str | None = None, choices: WidthChoices | None = None) -> None:
+        self.pin, self.rule, self.choices = tuple(pin), rule, choices or WidthChoices()
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Walk, solve, and note the widths on the graph and its nodes."""
-        context = WidthContext(graph_module)
+        context = self._walk(graph_module, self.choices)
+        more_heads = _heads_of_fixed_width(context)
+        if more_heads:
+            logger.info(
+                "Heads of fixed width (rotary positions, say) grow in number: %s", ", ".join(sorted(more_heads))
+            )
+            context = self._walk(graph_module, dataclasses.replace(self.choices, more_heads=more_heads))
+        for node in graph_module.graph.nodes:
+            if node.op != "output":
+                node.meta[notes.WIDTHS] = context.of(node)
+        table = _table(context)
+        graph_module.meta[notes.WIDTHS] = table
+        return PassResult(graph_module, tuple(f"{origin} is free" for origin in table.origins.values()))
+
+    def _walk(self, graph_module: GraphModule, choices: WidthChoices) -> WidthContext:
+        context = WidthContext(graph_module, choices)
         foreign = () if self.rule is None else untouched(graph_module, self.rule)
         for node in graph_module.graph.nodes:
             if node.op == "output":
@@ -57,12 +90,7 @@ class InferWidths(Pass):
                 widths = frozen(context, node) if node.target in foreign else self._widths(context, node)
                 _check(context, node, widths)
                 context.record(node, widths)
-        for node in graph_module.graph.nodes:
-            if node.op != "output":
-                node.meta[notes.WIDTHS] = context.of(node)
-        table = _table(context)
-        graph_module.meta[notes.WIDTHS] = table
-        return PassResult(graph_module, tuple(f"{origin} is free" for origin in table.origins.values()))
+        return context
 
     def _widths(self, context: WidthContext, node: Node) -> Any:
         if node.op == "placeholder":
@@ -74,9 +102,20 @@ class InferWidths(Pass):
         rule = rule_of(node.target)
         if rule is not None:
             return rule(context, node)
-        if not any(isinstance(each.meta.get("val"), Tensor) for each in [node, *node.all_input_nodes]):
-            return context.result(node)
+        if _nothing_grows(context, node):
+            return frozen(context, node)
         raise _no_rule(node)
+
+
+def _heads_of_fixed_width(context: WidthContext) -> frozenset[str]:
+    """Splits into heads whose width turned out fixed, and the others of the same attention, which have the same number of heads."""
+    places = {module_path(node) for node, part in context.head_parts if context.resolved(part).fixed}
+    return frozenset(node.name for node, _ in context.head_parts if module_path(node) in places)
+
+
+def _nothing_grows(context: WidthContext, node: Node) -> bool:
+    """Whether all that goes in has fixed sizes already (positions, masks): then what comes out has too, whatever the operator."""
+    return all(width.fixed for each in node.all_input_nodes for width in flat(context.of(each)))
 
 
 def _names(node: Node) -> tuple[str, ...]:
@@ -104,7 +143,7 @@ def _of_module(context: WidthContext, node: Node, module: nn.Module) -> Any:
     if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)):
         return context.of(x)
     if isinstance(module, ScaledDotProductAttention):
-        return rules.attention(context, node)
+        return products.attention(context, node)
     if isinstance(module, SparseLayer):
         return frozen(context, node)
     raise _no_rule(node)
@@ -149,4 +188,10 @@ def _table(context: WidthContext) -> WidthTable:
         tensors=tensors,
         literals=tuple(each for each in literals if not each.width.fixed),
         pins=dict(solver.pins),
+        head_widths=_classes(context, [part for _, part in context.head_parts]) & used,
+        counts=_classes(context, context.counts) & used,
     )
+
+
+def _classes(context: WidthContext, widths: Sequence[Width]) -> frozenset[int]:
+    return frozenset(key for width in widths for key, _ in context.resolved(width).terms)

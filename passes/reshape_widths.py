@@ -31,7 +31,10 @@ def reshaped(context: WidthContext, node: Node, before: Widths, after: Widths) -
             for position, part in zip(targets, parts, strict=True):
                 result[position] = after[position] if part.fixed else part
         else:
-            context.pin(widths, f"{place(node)} mixes dimensions")
+            for position, part in zip(
+                targets, _regrouped(context, node, widths, [after[each] for each in targets]), strict=True
+            ):
+                result[position] = part
     return tuple(result)
 
 
@@ -71,19 +74,59 @@ def _merged(context: WidthContext, node: Node, widths: list[Width]) -> Width:
 
 
 def _split(context: WidthContext, node: Node, width: Width, sizes: list[int]) -> list[Width]:
-    """One of the parts grows: one that needs no new constraint if there is one, else the last (heads stay, their dimension grows)."""
+    """One of the parts grows: the width of attention heads or their number, as chosen; else one that needs no new constraint if there
+    is one; else the last."""
     parts = [fixed(size) for size in sizes]
     candidates = [position for position in range(len(sizes) - 1, -1, -1) if sizes[position] > 1]
     if width.fixed or not candidates:
         return parts
-    total = math.prod(sizes)
-    for position in candidates:
-        others = total // sizes[position]
-        if width.factor % others == 0:
-            parts[position] = width.divided(others)
-            return parts
-    last = candidates[0]
-    part = context.fresh(sizes[last], f"{node.name}[{last}]")
-    context.unify(width, part.times(total // sizes[last]), node)
-    parts[last] = context.resolved(part)
+    total, heads = math.prod(sizes), node in context.head_splits and len(sizes) > 1
+    if heads and context.more_heads(node) and sizes[-2] > 1:
+        candidates = [len(sizes) - 2]
+    elif not heads or sizes[-1] == 1:
+        free = [position for position in candidates if width.factor % (total // sizes[position]) == 0]
+        candidates = [*free, *candidates]
+    grown = candidates[0]
+    part = _part(context, node, width, sizes[grown], total // sizes[grown])
+    if heads:
+        _note_heads(context, node, part, number=context.more_heads(node))
+    parts[grown] = part
     return parts
+
+
+def _part(context: WidthContext, node: Node, width: Width, size: int, others: int) -> Width:
+    if width.factor % others == 0:
+        return width.divided(others)
+    part = context.fresh(size, f"{node.name}.part")
+    context.unify(width, part.times(others), node)
+    return context.resolved(part)  # type: ignore[no-any-return]
+
+
+def _note_heads(context: WidthContext, node: Node, part: Width, number: bool) -> None:
+    if number:
+        context.counts.append(part)
+    else:
+        context.head_parts.append((node, part))
+
+
+def _regrouped(context: WidthContext, node: Node, before: list[Width], after: list[Width]) -> list[Width]:
+    """Several dimensions become several others, as when heads move into the batch and back: [n, h d] → [n h, d], [n h, d] → [n, h d]."""
+    growing = [position for position, width in enumerate(before) if not width.fixed]
+    sizes, targets = [context.size(width) for width in before], [context.size(width) for width in after]
+    if len(growing) == 1 and growing[0] == len(before) - 1 and len(after) == 2 and sizes[-1] % targets[-1] == 0:
+        heads = sizes[-1] // targets[-1]
+        if not context.more_heads(node):
+            part = _part(context, node, before[-1], targets[-1], heads)
+            if node in context.head_splits:
+                _note_heads(context, node, part, number=False)
+            return [after[0], part]
+        count = _part(context, node, before[-1], heads, targets[-1])
+        _note_heads(context, node, count, number=True)
+        return [Width(count.times(targets[0] // heads).terms, 0, after[0].dynamic), after[1]]
+    if len(growing) == 1 and len(before[growing[0]].terms) == 1 and not before[growing[0]].constant:
+        key = before[growing[0]].terms[0][0]
+        each = context.size(Width(((key, 1),)))
+        if targets[-1] % (each * math.prod(sizes[growing[0] + 1 :])) == 0:
+            return [*after[:-1], Width(((key, targets[-1] // each),))]
+    context.pin(before, f"{place(node)} mixes dimensions")
+    return after

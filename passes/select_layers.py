@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -20,7 +21,12 @@ from sift_compiler.passes.base import Pass, PassResult
 from sift_compiler.passes.conditions import LAYERS_DECIDED
 from sift_compiler.passes.operators import parameter_paths
 
+aten = torch.ops.aten
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_PRODUCTS = (
+    aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default,
+    aten.scaled_dot_product_attention.default,
+)  # fmt: skip
 
 
 class SelectLayers(Pass):
@@ -28,6 +34,7 @@ class SelectLayers(Pass):
 
     Args:
         dense: shell patterns of module paths that stay dense.
+        depthwise: whether depthwise convolutions get a mask too.
 
     Raises:
         UserError: a pattern that names no layer, or no layer is left to sparsify.
@@ -35,8 +42,8 @@ class SelectLayers(Pass):
 
     ensures = (LAYERS_DECIDED,)
 
-    def __init__(self, dense: Sequence[str] = ()) -> None:
-        self.dense = tuple(dense)
+    def __init__(self, dense: Sequence[str] = (), depthwise: bool = False) -> None:
+        self.dense, self.depthwise = tuple(dense), depthwise
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Decide on every layer."""
@@ -78,7 +85,7 @@ class SelectLayers(Pass):
         if isinstance(module, nn.Conv2d):
             if isinstance(module.padding, str) or module.padding_mode != "zeros":
                 return "a sparse convolution pads with zeros, in numbers"
-            if module.groups > 1 and module.weight.shape[1] == 1:
+            if module.groups > 1 and module.weight.shape[1] == 1 and not self.depthwise:
                 return "depthwise"
         return None
 
@@ -129,13 +136,13 @@ def _first(graph_module: GraphModule) -> set[str]:
 
 
 def _last(graph_module: GraphModule) -> set[str]:
-    """Layers that reach some graph output without passing another layer."""
+    """Layers that reach some graph output without passing another layer or product (the weights of attention are no logits)."""
     reaching: set[Node] = set()
     found: set[str] = set()
     for node in reversed(list(graph_module.graph.nodes)):
         if node.op == "output" or any(user in reaching for user in node.users):
             if _is_layer(graph_module, node):
                 found.add(str(node.target))
-            else:
+            elif node.target not in _PRODUCTS:
                 reaching.add(node)
     return found

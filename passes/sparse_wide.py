@@ -38,6 +38,16 @@ def widened(size: int, widening: float, round_to: int) -> int:
     return max(size, multiple)
 
 
+def widened_head(size: int, widening: float, round_to: int) -> int:
+    """The width of an attention head after widening: the nearest multiple of ``round_to``, or of the largest power of two below it that
+    stays within a sixteenth of ``size * widening``, so that small heads neither stay as they are nor eat the budget.
+    """
+    exact, multiple = size * widening, round_to
+    while multiple > 1 and abs(widened(size, widening, multiple) - exact) > exact / 16:
+        multiple //= 2
+    return max(size, multiple * int(exact / multiple + 0.5))
+
+
 class SparseWide(Pass):
     """Widen a graph whose widths are inferred.
 
@@ -82,6 +92,13 @@ class SparseWide(Pass):
         return PassResult(graph_module, changes)
 
     def _widened(self, table: WidthTable, key: int) -> int:
+        if key in table.counts:
+            return max(table.sizes[key], int(table.sizes[key] * self.widening + 0.5))
+        if key in table.head_widths:
+            return widened_head(table.sizes[key], self.widening, self.round_to)
+        return self._widened_width(table, key)
+
+    def _widened_width(self, table: WidthTable, key: int) -> int:
         """The new size of a class: not it, but the output widths it is a part of (4 * class for four groups) are to be round."""
         factors = [
             factor for widths in table.tensors.values() if widths for each, factor in widths[0].terms if each == key
@@ -119,13 +136,16 @@ class _Resizer:
         self.generator = torch.Generator().manual_seed(seed)
         self.replaced: dict[int, Tensor] = {}
         self.paths = parameter_paths(graph_module)
-        self.module_literals: dict[str, dict[str, int]] = {}
+        self.module_literals: dict[str, dict[str, Any]] = {}
         self.own: set[str] = set()
 
     def run(self) -> tuple[str, ...]:
         nodes = {node.name: node for node in self.graph_module.graph.nodes}
         for literal in self.table.literals:
             self._rewrite_literal(nodes[literal.node], literal)
+        for path, literals in self.module_literals.items():
+            for name, number in literals.items():
+                setattr(self._own(path), name, number)
         changes = []
         for name, widths in self.table.tensors.items():
             path, _, attribute = name.rpartition(".")
@@ -137,7 +157,11 @@ class _Resizer:
         return tuple(changes)
 
     def _rewrite_literal(self, node: Node, literal: Literal) -> None:
-        number = literal.width.size(self.sizes)
+        number = literal.number(self.sizes)
+        if not isinstance(node.target, (str, torch._ops.OpOverload)):
+            assert literal.position is not None
+            node.update_arg(literal.position, number)
+            return
         if node.op == "call_module":
             self.module_literals.setdefault(str(node.target), {})[literal.argument] = number
             return
@@ -160,7 +184,7 @@ class _Resizer:
         new = self.replaced[id(tensor)]
         table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
         table[attribute] = new
-        _update_settings(owner, self.module_literals.get(path, {}))
+        _update_settings(owner)
 
     def _own(self, path: str) -> nn.Module:
         """A shallow copy of the module, put in its place: what the graph module held before stays whole."""
@@ -202,10 +226,9 @@ def _draws_itself(module: nn.Module) -> bool:
     return isinstance(module, _DRAWING)
 
 
-def _update_settings(module: nn.Module, literals: dict[str, int]) -> None:
+def _update_settings(module: nn.Module) -> None:
     """Make the numbers a module keeps about its own shape true again."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        module.groups = literals.get("groups", module.groups)
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sift_compiler.ir.width import Literal, Width, fixed
+from sift_compiler.options import Attention, Groups
+from sift_compiler.passes.attention_heads import head_splits
 from sift_compiler.passes.operators import attribute, parameter_paths, place
 from sift_compiler.passes.width_solver import WidthSolver
 
@@ -17,11 +20,31 @@ Widths = tuple[Width, ...]
 _PRIMES = (100003, 100019, 100043, 100049, 100057, 100069, 100103, 100109, 100129, 100151)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WidthChoices:
+    """Where a width is a product, which factor grows.
+
+    Attributes:
+        attention: ``"heads_fixed"``: every head gets wider; ``"head_dim_fixed"``: there are more heads of the same width.
+        groups: of grouped convolutions. ``"groups_fixed"``: every group gets wider; ``"group_width_fixed"``: there are more groups of
+            the same width (ResNeXt). A depthwise convolution always has one channel per group.
+        more_heads: nodes that split into more heads whatever ``attention`` says, because the width of their heads is fixed.
+    """
+
+    attention: Attention = "heads_fixed"
+    groups: Groups = "groups_fixed"
+    more_heads: frozenset[str] = frozenset()
+
+
 class WidthContext:
     """The state of one width inference over a graph module."""
 
-    def __init__(self, graph_module: GraphModule) -> None:
+    def __init__(self, graph_module: GraphModule, choices: WidthChoices | None = None) -> None:
         self.graph_module = graph_module
+        self.choices = choices or WidthChoices()
+        self.head_splits = head_splits(graph_module)
+        self.head_parts: list[tuple[Node, Width]] = []
+        self.counts: list[Width] = []
         self.solver = WidthSolver()
         self.literals: list[Literal] = []
         self.tensors: dict[str, Widths] = {}
@@ -29,6 +52,11 @@ class WidthContext:
         self._of_tensor: dict[int, Widths] = {}
         self._of_node: dict[Node, Any] = {}
         self._stand_ins: dict[Any, int] = {}
+
+    def more_heads(self, node: Node) -> bool:
+        """Whether a reshape that splits a width into heads makes more of them, rather than wider ones."""
+        fixed_width = self.choices.attention == "head_dim_fixed" or node.name in self.choices.more_heads
+        return node in self.head_splits and fixed_width
 
     # --- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -124,9 +152,14 @@ class WidthContext:
             for width in widths:
                 self.pin(width, reason)
 
-    def literal(self, node: Node, argument: str, position: int | None, width: Width) -> None:
-        """Note that a number of the node is a width and must follow it."""
-        self.literals.append(Literal(node.name, argument, position, width))
+    def literal(self, node: Node, argument: str, position: int | None, width: Width, power: float = 1.0) -> None:
+        """Note that a number of the node is a width (to a ``power``) and must follow it; a module's number is noted by its attribute."""
+        self.literals.append(Literal(node.name, argument, position, width, power))
+
+
+def flat(widths: Any) -> list[Width]:
+    """All widths of a node's value or values."""
+    return [widths] if isinstance(widths, Width) else [width for each in widths for width in flat(each)]
 
 
 Rule = Callable[[WidthContext, Node], Any]

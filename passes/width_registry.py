@@ -42,7 +42,7 @@ def register(rule: Rule, *names: str) -> None:
         packet = getattr(aten, name.partition(".")[0])
         wanted = [name.partition(".")[2]] if "." in name else packet.overloads()
         for overload in wanted:
-            if not overload.endswith("out"):
+            if overload != "out" and not overload.endswith("_out"):
                 _RULES[getattr(packet, overload)] = rule
 
 

@@ -1,4 +1,4 @@
-"""Width rules of operators that move, join or divide dimensions; see width_registry.py for what a rule is."""
+"""Width rules of operators that move, merge or divide dimensions; see width_registry.py for what a rule is."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 from torch.fx import Node
 
 from sift_compiler.ir.width import Width, fixed
-from sift_compiler.passes.operators import arguments, place
+from sift_compiler.passes.operators import arguments, lengthened, place
 from sift_compiler.passes.reshape_widths import reshaped
 from sift_compiler.passes.width_context import WidthContext, Widths
-from sift_compiler.passes.width_registry import broadcast_width, register, register_width_rule
-from sift_compiler.passes.width_rules import broadcast
-
-# --- shapes ------------------------------------------------------------------------------------------------------------
+from sift_compiler.passes.width_registry import broadcast_width, frozen, register
+from sift_compiler.passes.width_rules_elementwise import broadcast
 
 
 def _reshape(context: WidthContext, node: Node) -> Widths:
@@ -28,8 +26,24 @@ def _reshape(context: WidthContext, node: Node) -> Widths:
 
 def _note_sizes(context: WidthContext, node: Node, name: str, sizes: Any, widths: Widths) -> None:
     for position, (size, width) in enumerate(zip(sizes, widths, strict=False)):
-        if isinstance(size, int) and size != -1 and not width.fixed:
+        if width.fixed or size == -1:
+            continue
+        if isinstance(size, int):
             context.literal(node, name, position, width)
+        elif not _note_factor(context, size, width):
+            context.pin(width, f"{place(node)} computes it from another size")
+
+
+def _note_factor(context: WidthContext, size: Any, width: Width) -> bool:
+    """A size computed as ``batch * heads``: the number in it is a width."""
+    if not (isinstance(size, Node) and size.target is operator.mul and len(width.terms) == 1 and not width.constant):
+        return False
+    for position, number in enumerate(size.args):
+        present = context.size(Width(((width.terms[0][0], 1),)))
+        if isinstance(number, int) and number % present == 0:
+            context.literal(size, "", position, Width(((width.terms[0][0], number // present),)))
+            return True
+    return False
 
 
 def _unflatten(context: WidthContext, node: Node) -> Widths:
@@ -82,122 +96,68 @@ register(_expand, "expand.default")
 register(broadcast, "expand_as.default")
 
 
-# --- joining and dividing ----------------------------------------------------------------------------------------------
+def _move(context: WidthContext, node: Node) -> Widths:
+    call, widths = arguments(node), context.of(node.args[0])
+    source, target = ([each % len(widths) for each in lengthened(call[name], 1)] for name in ("source", "destination"))
+    order = [position for position in range(len(widths)) if position not in source]
+    for goal, start in sorted(zip(target, source, strict=True)):
+        order.insert(goal, start)
+    return tuple(widths[position] for position in order)
 
 
-def _concatenate(context: WidthContext, node: Node) -> Widths:
-    call = arguments(node)
-    parts = [context.of(each) for each in call["tensors"]]
-    parts = [part for part in parts if len(part) == len(context.result(node))]
-    axis = call["dim"] % len(parts[0])
-    result = list(parts[0])
-    for part in parts[1:]:
-        for position, width in enumerate(part):
-            if position == axis:
-                result[axis] = context.resolved(result[axis]).plus(width)
-            else:
-                context.unify(result[position], width, node)
-    return tuple(context.resolved(width) for width in result)
-
-
-def _stack(context: WidthContext, node: Node) -> Widths:
-    call = arguments(node)
-    parts = [context.of(each) for each in call["tensors"]]
-    for part in parts[1:]:
-        context.unify_all(parts[0], part, node)
-    result = list(context.resolved(parts[0]))
-    result.insert(call["dim"] % (len(result) + 1), fixed(len(parts)))
+def _repeat(context: WidthContext, node: Node) -> Widths:
+    """Whole copies side by side, in front of new dimensions."""
+    call, widths = arguments(node), context.of(node.args[0])
+    repeats = list(call["repeats"] if "repeats" in call else call["dims"])
+    repeats = [1] * (len(widths) - len(repeats)) + repeats
+    aligned = [fixed(1)] * (len(repeats) - len(widths)) + list(widths)
+    result = list(context.result(node))
+    for position, (width, count) in enumerate(zip(aligned, repeats, strict=True)):
+        if isinstance(count, int):
+            result[position] = width.times(count)
+        else:
+            context.pin(width, f"{place(node)} repeats it a computed number of times")
     return tuple(result)
 
 
-def _divide(context: WidthContext, node: Node) -> tuple[Widths, ...]:
-    """chunk, split: equal parts share a new width; unequal parts follow a concatenation they undo, or are pinned."""
-    call, widths = arguments(node), context.of(node.args[0])
+def _repeat_interleave(context: WidthContext, node: Node) -> Widths:
+    call, widths = arguments(node), list(context.of(node.args[0]))
+    if call["dim"] is None or not isinstance(call["repeats"], int):
+        return frozen(context, node)  # type: ignore[no-any-return]
     axis = call["dim"] % len(widths)
-    results = [context.sizes(each) for each in node.meta["val"]]
-    sizes = [each[axis].constant for each in results]
-    parts = _parts(context, node, widths[axis], sizes)
-    if isinstance(call.get("split_size"), int):
-        context.literal(node, "split_size", None, parts[0])
-    for position, part in enumerate(parts):
-        if isinstance(call.get("split_sizes", call.get("split_size")), (list, tuple)):
-            context.literal(node, "split_sizes" if "split_sizes" in call else "split_size", position, part)
-    return tuple((*widths[:axis], part, *widths[axis + 1 :]) for part in parts)
+    widths[axis] = widths[axis].times(call["repeats"])
+    return tuple(widths)
 
 
-def _parts(context: WidthContext, node: Node, width: Width, sizes: list[int]) -> list[Width]:
-    if width.fixed:
-        return [fixed(size) for size in sizes]
-    if len(set(sizes)) == 1:
-        if width.factor % len(sizes) == 0:
-            return [width.divided(len(sizes))] * len(sizes)
-        part = context.fresh(sizes[0], f"{node.name}.part")
-        context.unify(width, part.times(len(sizes)), node)
-        return [context.resolved(part)] * len(sizes)
-    own = [Width((term,)) for term in width.terms] + ([fixed(width.constant)] if width.constant else [])
-    if [context.size(part) for part in own] == sizes:
-        return own
-    context.pin(width, f"{place(node)} divides it into unequal parts")
-    return [fixed(size) for size in sizes]
+def _pixel_shuffle(context: WidthContext, node: Node) -> Widths:
+    """[..., C r r, H, W] → [..., C, H r, W r]."""
+    widths, result = context.of(node.args[0]), context.result(node)
+    square = arguments(node)["upscale_factor"] ** 2
+    context.pin(widths[-2:], f"{place(node)} enlarges it")
+    if widths[-3].fixed:
+        return (*widths[:-3], *result[-3:])
+    channels = context.fresh(result[-3].constant, f"{node.name}.channels")
+    context.unify(widths[-3], channels.times(square), node)
+    return (*widths[:-3], context.resolved(channels), *result[-2:])
 
 
-register(_concatenate, "cat.default", "concat.default")
-register(_stack, "stack.default")
-register(_divide, "chunk.default", "split.Tensor", "split.sizes", "split_with_sizes.default")
-
-
-def _slice(context: WidthContext, node: Node) -> Widths:
-    call, widths, result = arguments(node), context.of(node.args[0]), context.result(node)
-    axis = call["dim"] % len(widths)
-    if context.size(widths[axis]) == result[axis].constant and call["step"] == 1:
-        return widths  # type: ignore[no-any-return]
-    context.pin(widths[axis], f"{place(node)} takes a part of it")
-    return (*widths[:axis], result[axis], *widths[axis + 1 :])
-
-
-def _select(context: WidthContext, node: Node) -> Widths:
+def _pixel_unshuffle(context: WidthContext, node: Node) -> Widths:
+    """[..., C, H r, W r] → [..., C r r, H, W]."""
     widths = context.of(node.args[0])
-    axis = arguments(node)["dim"] % len(widths)
-    context.pin(widths[axis], f"{place(node)} selects from it")
-    return (*widths[:axis], *widths[axis + 1 :])
+    context.pin(widths[-2:], f"{place(node)} reduces it")
+    return (*widths[:-3], widths[-3].times(arguments(node)["downscale_factor"] ** 2), *context.result(node)[-2:])
 
 
-def _unbind(context: WidthContext, node: Node) -> tuple[Widths, ...]:
-    widths = context.of(node.args[0])
-    axis = arguments(node)["dim"] % len(widths)
-    context.pin(widths[axis], f"{place(node)} takes it apart")
-    return tuple((*widths[:axis], *widths[axis + 1 :]) for _ in node.meta["val"])
+def _unfold_image(context: WidthContext, node: Node) -> Widths:
+    """[N, C, H, W] → [N, C kh kw, positions]."""
+    widths, kernel = context.of(node.args[0]), arguments(node)["kernel_size"]
+    context.pin(widths[-2:], f"{place(node)} slides over it")
+    return (*widths[:-3], widths[-3].times(kernel[0] * kernel[1]), context.result(node)[-1])
 
 
-register(_unbind, "unbind.int")
-register(_slice, "slice.Tensor")
-register(_select, "select.int")
-
-
-# --- what has no width of its own --------------------------------------------------------------------------------------
-
-
-def _plain(context: WidthContext, node: Node) -> Any:
-    return context.result(node)
-
-
-register(
-    _plain,
-    "arange",
-    "zeros.default",
-    "ones.default",
-    "full.default",
-    "empty.memory_format",
-    "scalar_tensor",
-    "sym_size",
-    "linspace",
-)
-
-
-def _item(context: WidthContext, node: Node) -> Any:
-    whole, key = node.args
-    widths = context.of(whole)
-    return widths[key] if isinstance(key, int) and widths and not isinstance(widths[0], Width) else context.result(node)
-
-
-register_width_rule(operator.getitem, _item)
+register(_move, "movedim.intlist", "movedim.int")
+register(_repeat, "repeat.default", "tile.default")
+register(_repeat_interleave, "repeat_interleave.self_int")
+register(_pixel_shuffle, "pixel_shuffle.default")
+register(_pixel_unshuffle, "pixel_unshuffle.default")
+register(_unfold_image, "im2col.default")

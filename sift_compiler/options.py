@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from sift_compiler.errors import UserError, unknown_name
 
 Initialisation = Literal["paper", "default"]
 Decay = Literal["cosine", "linear", "exponential", "constant"]
+Attention = Literal["heads_fixed", "head_dim_fixed"]
+Groups = Literal["groups_fixed", "group_width_fixed"]
+Depthwise = Literal["sparse", "dense"]
 Distribution = Literal["uniform", "er", "erk"]
 Sigma = Literal["bn_relu", "relu", "gelu", "identity"]
 INITIALISATIONS: tuple[Initialisation, ...] = ("paper", "default")
@@ -88,11 +91,23 @@ class SparseWide(_Masked):
     """Widths are rounded to the nearest multiple of this, at least 1. With 1 widths are rounded down, as the released code of the paper does."""
     pin: tuple[str, ...] = ()
     """Module paths or node names (shell patterns) whose sizes, in and out, stay as they are; for operators without a width rule."""
+    attention: Attention = "heads_fixed"
+    """``"heads_fixed"``: as many heads, each wider (to a multiple of ``round_to``, or of 4, 2, 1 where that would be far off);
+    ``"head_dim_fixed"``: heads as wide as they are, but more of them. Heads whose width something else fixes grow in number."""
+    depthwise: Depthwise = "sparse"
+    """``"sparse"``: depthwise convolutions, whose FLOPs grow as their width only, get a density of (1 - sparsity)^(1/2) before FLOPs are
+    balanced; ``"dense"``: they stay dense and the other layers make up for it."""
+    groups: Groups = "groups_fixed"
+    """Of other grouped convolutions: ``"groups_fixed"``: as many groups, each wider; ``"group_width_fixed"``: more groups of the same
+    width (ResNeXt), with a density as of depthwise ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.round_to < 1:
             raise _refuse(self, "round_to", "at least 1")
+        for field, kind in (("attention", Attention), ("depthwise", Depthwise), ("groups", Groups)):
+            if getattr(self, field) not in get_args(kind):
+                raise unknown_name(field, getattr(self, field), get_args(kind))
 
     @property
     def widening(self) -> float:

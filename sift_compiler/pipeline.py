@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.fx import GraphModule
@@ -20,6 +20,7 @@ from sift_compiler.options import (
     SparseWide,
     Transformation,
 )
+from sift_compiler.passes.adopt_layers import AdoptLayers, ReturnLayers
 from sift_compiler.passes.assign_rules import AssignRules, Rules
 from sift_compiler.passes.attach_masks import AttachMasks
 from sift_compiler.passes.balance_flops import BalanceFlops
@@ -35,8 +36,14 @@ from sift_compiler.passes.sparse_doped import SparseDoped as DopeLayers
 from sift_compiler.passes.sparse_factorized import SparseFactorized as FactorizeLayers
 from sift_compiler.passes.sparse_parallel import SparseParallel as AddBranches
 from sift_compiler.passes.sparse_wide import SparseWide as WidenLayers
+from sift_compiler.passes.width_context import WidthChoices
 
 Step = Callable[[GraphModule], PassResult]
+
+
+def preparing() -> tuple[Step, ...]:
+    """What makes the layers of a captured graph what transformations take; before its FLOPs are counted by layer."""
+    return (AdoptLayers(),)
 
 
 def rewriting(rules: Rules, dense: FlopCount, inputs: Inputs, device: torch.device) -> tuple[Step, ...]:
@@ -44,7 +51,7 @@ def rewriting(rules: Rules, dense: FlopCount, inputs: Inputs, device: torch.devi
 
     Args:
         rules: transformations by pattern of module paths; at least one, and all with the same seed and initialisation.
-        dense: FLOPs of the dense graph.
+        dense: FLOPs of the dense graph, prepared.
         inputs: the example that was counted.
         device: where new parameters go.
     """
@@ -53,6 +60,7 @@ def rewriting(rules: Rules, dense: FlopCount, inputs: Inputs, device: torch.devi
         *planning(rules, dense, inputs),
         AttachMasks(any_one.seed, device),
         Initialise(any_one.init, any_one.seed, device),
+        ReturnLayers(),
         Clean(),
     )
 
@@ -62,7 +70,7 @@ def planning(rules: Rules, dense: FlopCount, inputs: Inputs) -> tuple[Step, ...]
     chosen = {rule: each for rule, each in rules.items() if each is not None}
     widening = next((each.widening for each in chosen.values() if isinstance(each, (SparseWide, LowRank))), None)
     return (
-        SelectLayers(tuple(pattern for each in chosen.values() for pattern in each.dense)),
+        SelectLayers(tuple(pattern for each in chosen.values() for pattern in each.dense), _depthwise(chosen.values())),
         AssignRules(rules),
         *(step for rule, each in chosen.items() for step in _widening(rule, each)),
         *(step for rule, each in chosen.items() for step in _replacing(rule, each, dense, inputs)),
@@ -75,9 +83,20 @@ def _widening(rule: str, options: Transformation) -> tuple[Step, ...]:
     if not isinstance(options, (SparseWide, LowRank)):
         return ()
     return (
-        InferWidths(options.pin, rule),
+        InferWidths(options.pin, rule, _choices(options)),
         WidenLayers(options.widening, options.round_to, options.seed, rule),
     )
+
+
+def _choices(options: SparseWide | LowRank) -> WidthChoices:
+    if isinstance(options, LowRank):
+        return WidthChoices()
+    return WidthChoices(attention=options.attention, groups=options.groups)
+
+
+def _depthwise(chosen: Iterable[Transformation]) -> bool:
+    """Only Sparse Wide has a formula for depthwise convolutions; in a mix they stay as they are."""
+    return all(isinstance(each, SparseWide) and each.depthwise == "sparse" for each in chosen)
 
 
 def _replacing(rule: str, options: Transformation, dense: FlopCount, inputs: Inputs) -> tuple[Step, ...]:

@@ -107,7 +107,7 @@ def _dense(model: object, inputs: Inputs) -> fx.GraphModule:
     graph_module = _captured(model, inputs)
     if any(isinstance(module, SparseLayer) for module in graph_module.modules()):
         raise UserError("The model is sparse already; rewrite the dense model it came from.")
-    return graph_module
+    return pipeline.run(graph_module, pipeline.preparing()).graph_module
 
 
 def _counted(graph_module: fx.GraphModule, inputs: Inputs) -> FlopCount:

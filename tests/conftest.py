@@ -19,13 +19,25 @@ def _own_kernel_cache() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def models() -> types.ModuleType:
-    """examples/models.py, loaded by its path as a script would be."""
-    path = Path(__file__).resolve().parent.parent / "examples" / "models.py"
-    specification = importlib.util.spec_from_file_location("example_models", path)
+def _example(name: str) -> types.ModuleType:
+    """A file of examples/, loaded by its path as a script would be."""
+    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(f"example_{name}", path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def models() -> types.ModuleType:
+    """examples/models.py."""
+    return _example("models")
+
+
+@pytest.fixture(scope="session")
+def architectures() -> types.ModuleType:
+    """examples/architectures.py; what needs the package transformers is skipped without it."""
+    pytest.importorskip("transformers")
+    return _example("architectures")

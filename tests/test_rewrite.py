@@ -123,8 +123,8 @@ def builders(models):
         "small_cnn": (models.small_cnn, torch.randn(4, 1, 8, 8), 5),
         "dense_blocks": (DenseBlocks, torch.randn(4, 3, 8, 8), 5),
         "sequence": (Sequence, torch.randint(0, 50, (4, 7)), 2),
-        "inverted": (Inverted, torch.randn(4, 3, 16, 16), 4),
-        "encoder": (encoder, torch.randn(4, 5, 8), 7),
+        "inverted": (Inverted, torch.randn(4, 3, 16, 16), 5),
+        "encoder": (encoder, torch.randn(4, 5, 8), 9),
     }
 
 

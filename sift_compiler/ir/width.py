@@ -79,12 +79,19 @@ class Literal:
         argument: name of the argument (of an operator) or attribute (of a module).
         position: place in a list argument, or None.
         width: what the number must be.
+        power: the number is the width to this power; -0.5 for the scale of attention scores.
     """
 
     node: str
     argument: str
     position: int | None
     width: Width
+    power: float = 1.0
+
+    def number(self, sizes: Callable[[int], int]) -> int | float:
+        """The number, given the size of every class."""
+        size = self.width.size(sizes)
+        return size if self.power == 1 else float(size) ** self.power
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,8 @@ class WidthTable:
         tensors: widths of the dimensions of every parameter and buffer, by qualified name.
         literals: numbers in the graph that follow widths.
         pins: why a size that would have been free is fixed, by where it was met.
+        head_widths: classes that are the width of one attention head.
+        counts: classes that are numbers of attention heads or of groups, not of channels.
     """
 
     sizes: Mapping[int, int]
@@ -104,3 +113,5 @@ class WidthTable:
     tensors: Mapping[str, tuple[Width, ...]]
     literals: tuple[Literal, ...] = ()
     pins: Mapping[str, str] = field(default_factory=dict)
+    head_widths: frozenset[int] = frozenset()
+    counts: frozenset[int] = frozenset()

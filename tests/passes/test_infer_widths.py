@@ -145,18 +145,20 @@ class Odd(nn.Module):
         self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
 
     def forward(self, x):
-        return self.c(self.b(self.a(x)).roll(1, 1))
+        return self.c(self.b(self.a(x)).cumprod(1))
 
 
 def test_an_operator_without_a_rule_is_refused_pinned_or_given_one(monkeypatch):
     x = torch.randn(2, 3, 4, 4)
-    with pytest.raises(UnsupportedError, match=r"'roll' \(aten.roll.default\) has no width rule.*pin it.*write a rule"):
+    with pytest.raises(
+        UnsupportedError, match=r"'cumprod' \(aten.cumprod.default\) has no width rule.*pin it.*write a rule"
+    ):
         table_of(Odd(), x)
-    table, _ = table_of(Odd(), x, pin=("roll",))
+    table, _ = table_of(Odd(), x, pin=("cumprod",))
     assert table.tensors["b.weight"][0].fixed
     assert not table.tensors["b.weight"][1].fixed
     monkeypatch.setattr(width_registry, "_RULES", dict(width_registry._RULES))
-    width_registry.register_width_rule(torch.ops.aten.roll.default, lambda context, node: context.of(node.args[0]))
+    width_registry.register_width_rule(torch.ops.aten.cumprod.default, lambda context, node: context.of(node.args[0]))
     table, _ = table_of(Odd(), x)
     assert not table.tensors["b.weight"][0].fixed
 

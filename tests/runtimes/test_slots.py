@@ -10,7 +10,10 @@ from sift_compiler.nn import SparseConv2d, SparseLinear
 
 @pytest.mark.parametrize(
     ("make", "shape"),
-    [(lambda: SparseLinear(40, 30, sparsity=0.8), (16, 40)), (lambda: SparseConv2d(8, 12, 3, padding=1), (16, 8, 6, 6))],
+    [
+        (lambda: SparseLinear(40, 30, sparsity=0.8), (16, 40)),
+        (lambda: SparseConv2d(8, 12, 3, padding=1), (16, 8, 6, 6)),
+    ],
 )
 def test_compiled_kernels_leave_out_slots_that_are_empty_or_asleep(make, shape):
     torch._dynamo.reset()
