@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from sift_compiler.ir.mask_structure import Structure
 from sift_compiler.ir.pattern import Pattern
 
 
@@ -14,10 +15,11 @@ class SparseWeight(Protocol):
     """A module with a compact sparse weight.
 
     Attributes:
-        values: Parameter [nnz], the kept weights.
-        index: int32 [nnz], their flat positions in the dense weight.
+        values: Parameter [slots], the kept weights.
+        index: int32 [slots], their flat positions in the dense weight; see :mod:`sift_compiler.ir.pattern`.
         bias: Parameter [out] or None.
         weight_shape: shape of the dense weight, outputs first.
+        structure: what its mask must look like.
         pattern: index and shape together.
     """
 
@@ -25,6 +27,7 @@ class SparseWeight(Protocol):
     index: Tensor
     bias: nn.Parameter | None
     weight_shape: tuple[int, ...]
+    structure: Structure
 
     @property
     def pattern(self) -> Pattern:

@@ -8,12 +8,15 @@ from torch import Tensor
 
 from sift_compiler.errors import UnsupportedError
 from sift_compiler.masking import criteria
+from sift_compiler.masking.bame import BAME
+from sift_compiler.masking.bidst import BiDST
 from sift_compiler.masking.gradual import GMP, GraNet
 from sift_compiler.masking.layer import LayerView
 from sift_compiler.masking.mest import MEST
 from sift_compiler.masking.rule import Rule
 from sift_compiler.masking.snfs import SNFS
 from sift_compiler.masking.srigl import SRigL
+from sift_compiler.masking.straight_through import SRSTE, TopKAST
 from sift_compiler.options import SET, MaskMethod, RigL, Static
 
 
@@ -28,7 +31,7 @@ class GradientGrowth(Rule):
 
 
 METHODS: Mapping[str, type[MaskMethod]] = {
-    kind.__name__: kind for kind in (Static, SET, RigL, SNFS, GMP, GraNet, MEST, SRigL)
+    kind.__name__: kind for kind in (Static, SET, RigL, SNFS, GMP, GraNet, MEST, SRigL, SRSTE, TopKAST, BAME, BiDST)
 }
 """Every method by its name."""
 
