@@ -2,6 +2,9 @@
 
 ``init="paper"`` (Sparse-IFT, App. A; torchvision's ResNet): convolutions Kaiming normal with fan-out, of the *dense* shape and without
 correction for density; the last norm of every residual branch starts at zero, so that a block starts as its shortcut.
+``init="sparse_aware"`` (Evci et al. 2022, "Gradient flow in sparse neural networks"): as ``"paper"``, but a sparse layer counts the
+connections that each of its outputs keeps: convolutions normal with deviation (2 / kept)^½, linear layers uniform within kept^-½, so
+that signals keep their size however sparse the layer is.
 ``init="default"``: each module's own ``reset_parameters``. A sparse layer draws only the weights it keeps.
 """
 
@@ -27,7 +30,7 @@ class Initialise(Pass):
     """Give values to parameters and buffers on the meta device; all others stay as they are.
 
     Args:
-        init: ``"paper"`` or ``"default"``.
+        init: ``"paper"``, ``"sparse_aware"`` or ``"default"``.
         seed: of everything that is drawn; the global random state is left alone.
         device: where the new tensors go.
     """
@@ -39,7 +42,7 @@ class Initialise(Pass):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Draw module by module, in the order of the graph module's tree."""
-        last_norms = residual_norms(graph_module) if self.init == "paper" else set()
+        last_norms = residual_norms(graph_module) if self.init != "default" else set()
         drawn: dict[int, Tensor] = {}
         changes = []
         devices = [self.device] if self.device.type == "cuda" else []
@@ -61,6 +64,8 @@ class Initialise(Pass):
         self._reset(module, zero)
         for name, tensor in kept.items():
             _put(module, name, tensor)
+        if self.init == "sparse_aware" and isinstance(module, SparseLayer) and "values" in missing:
+            _draw_for_kept(module)  # it reads the index, which is in its place again
         for name, tensor in hollow.items():
             drawn.setdefault(id(tensor), _own_tensors(module)[name])
             _put(module, name, drawn[id(tensor)])
@@ -69,12 +74,24 @@ class Initialise(Pass):
         reset: Any = getattr(module, "reset_parameters", None)
         assert reset is not None, f"{type(module).__name__} cannot draw its own parameters"
         reset()
-        if self.init == "paper" and isinstance(module, (*_CONVOLUTIONS, SparseConv2d)):
+        if self.init != "default" and isinstance(module, (*_CONVOLUTIONS, SparseConv2d)):
             weight = module.values if isinstance(module, SparseLayer) else module.weight
             shape = module.weight_shape if isinstance(module, SparseLayer) else tuple(module.weight.shape)
             nn.init.normal_(weight, 0.0, kaiming_deviation(shape))
         if zero and isinstance(module.weight, Tensor):
             nn.init.zeros_(module.weight)
+
+
+def _draw_for_kept(layer: SparseLayer) -> None:
+    """Values by the number of connections that each output keeps; the bias is drawn already."""
+    fan = math.prod(layer.weight_shape[1:])
+    in_use = layer.index >= 0
+    rows = layer.index.long().clamp(min=0) // fan
+    kept = torch.bincount(rows[in_use], minlength=layer.weight_shape[0])[rows].clamp(min=1).to(layer.values.dtype)
+    if isinstance(layer, SparseConv2d):
+        layer.values.normal_().mul_((2 / kept).sqrt())
+    else:
+        layer.values.uniform_(-1, 1).mul_(kept.rsqrt())
 
 
 def kaiming_deviation(shape: tuple[int, ...]) -> float:

@@ -12,14 +12,14 @@ from typing import Any, Literal, TypeVar, get_args
 
 from sift_compiler.errors import UserError, unknown_name
 
-Initialisation = Literal["paper", "default"]
+Initialisation = Literal["paper", "sparse_aware", "default"]
 Decay = Literal["cosine", "linear", "exponential", "constant"]
 Attention = Literal["heads_fixed", "head_dim_fixed"]
 Groups = Literal["groups_fixed", "group_width_fixed"]
 Depthwise = Literal["sparse", "dense"]
 Distribution = Literal["uniform", "er", "erk"]
 Sigma = Literal["bn_relu", "relu", "gelu", "identity"]
-INITIALISATIONS: tuple[Initialisation, ...] = ("paper", "default")
+INITIALISATIONS: tuple[Initialisation, ...] = ("paper", "sparse_aware", "default")
 DISTRIBUTIONS: tuple[Distribution, ...] = ("uniform", "er", "erk")
 DECAYS: tuple[Decay, ...] = ("cosine", "linear", "exponential", "constant")
 SIGMAS: tuple[Sigma, ...] = ("bn_relu", "relu", "gelu", "identity")
@@ -48,7 +48,8 @@ class Transformation:
     seed: int = 0
     """Seed of the random masks and of the new weights."""
     init: Initialisation = "paper"
-    """``"paper"``: Kaiming normal fan-out for convolutions and zero for the last norm of a residual block; ``"default"``: each module's own."""
+    """``"paper"``: Kaiming normal fan-out for convolutions and zero for the last norm of a residual block; ``"sparse_aware"``: the same, but sparse
+    layers count kept connections only (Evci et al. 2022); ``"default"``: each module's own."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

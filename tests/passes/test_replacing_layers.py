@@ -163,3 +163,18 @@ def test_low_rank_widens_and_factorizes_and_refuses_a_budget_that_the_head_excee
     heady = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 1000))
     with pytest.raises(UserError, match=r"2 \(64,000\).*largest feasible widening"):
         rewrite(heady, torch.randn(1, 4), LowRank(sparsity=0.75))
+
+
+def test_sparse_aware_values_keep_the_size_of_signals(models):
+    """As a dense layer does at its own initialisation: (2 / fan in)^½ of convolutions, a third of the variance of linear layers."""
+    options = SparseFactorized(sparsity=0.9, init="sparse_aware", sigma="identity", distribution="erk")
+    wide = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
+    layer = rewrite(wide, torch.randn(2, 256), options).get_submodule("2.u")
+    x = torch.randn(500, 256)
+    assert float(layer(x).detach().var()) == pytest.approx(1 / 3, rel=0.1)
+    bound = layer.pattern.mask().sum(1).clamp(min=1).rsqrt()
+    assert bool((layer.dense_weight().abs().amax(1) <= bound).all())
+    sparse = rewrite(models.small_cnn(widths=(64, 128)), image(), options)
+    v = sparse.block2.conv2.v
+    assert float(v(torch.randn(50, v.in_channels, 4, 4)).detach().var()) == pytest.approx(2, rel=0.1)
+    assert not sparse.block2.bn2.weight.any(), "the last norm of a residual block starts at zero"
