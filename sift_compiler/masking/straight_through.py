@@ -95,9 +95,9 @@ class TopKAST(_StraightThrough):
         if layer.slot_gradient is None:
             return
         in_backward = layer.memory["backward"]
-        density = layer.active / layer.numel
-        weights = layer.in_mask + (in_backward & ~layer.in_mask) / max(density, 1 / layer.numel)
-        layer.slot_gradient.mul_(in_backward).add_(layer.slot_values * weights, alpha=self.penalty * scale)
+        density = max(layer.active, 1) / layer.numel
+        pull = layer.slot_values * layer.in_mask + layer.slot_values * (in_backward & ~layer.in_mask) / density
+        layer.slot_gradient.mul_(in_backward).add_(pull, alpha=self.penalty * scale)
 
     def choose(self, layer: LayerView, target: Target) -> Choice:
         """A and B anew; a weight that leaves B forgets its optimizer state, so that it rests."""
