@@ -1,4 +1,4 @@
-"""The ``sift`` command: rewrite, inspect, export, demo and doctor."""
+"""The ``sift`` command: rewrite, inspect, export, bench, demo and doctor."""
 
 from __future__ import annotations
 
@@ -155,6 +155,58 @@ def export(
 
 
 @app.command()
+def bench(
+    model: _Model,
+    input_: _Input = None,
+    against: Annotated[str, typer.Option(help="Comma-separated: inductor, onnxruntime, openvino, deepsparse.")] = "inductor,onnxruntime",
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; the input's without it. Repeatable.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of every engine; torch's own choice without it.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed runs of every engine.")] = 9,
+    peer_python: Annotated[list[str] | None, typer.Option(help="NAME=PATH: the Python that has an engine. Repeatable.")] = None,
+    as_json: _Json = False,
+) -> None:  # fmt: skip
+    """Time MODEL on sparse code beside other engines that get the same weights in dense layers, turn by turn."""
+    with _busy("Measuring"):
+        import torch
+
+        from sift_compiler.capture import raise_exported
+        from sift_compiler.commands.bench import bench as measure
+        from sift_compiler.commands.model_source import find_model
+        from sift_compiler.commands.peers import peer_pythons
+
+        found = find_model(model)
+        inputs = _inputs(found, input_)
+        made = measure(
+            found if isinstance(found, torch.nn.Module) else raise_exported(found), inputs,
+            [name for name in against.split(",") if name], batches=batch or [inputs[0].shape[0]],
+            threads=threads or torch.get_num_threads(), rounds=rounds, pythons=peer_pythons(peer_python or ()),
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(made.to_plain(), indent=2))
+        return
+    rows = [
+        (each.engine, each.version, str(each.batch), str(each.threads), f"{each.median_ms:.2f}", f"{each.fastest_ms:.2f}",
+         f"{each.slowest_ms:.2f}", f"{each.times_sift:.2f}", f"{each.processor_ms:.2f}", f"{each.processor_times_sift:.2f}")
+        for each in made.times
+    ]  # fmt: skip
+    _show_table(
+        (
+            "engine",
+            "version",
+            "batch",
+            "threads",
+            "median ms",
+            "fastest",
+            "slowest",
+            "times sift",
+            "processor ms",
+            "times sift ",
+        ),
+        rows,
+    )
+
+
+@app.command()
 def demo(
     dataset: Annotated[str, typer.Option(help="digits, fashion-mnist or cifar100.")] = "digits",
     data: Annotated[Path | None, typer.Option(help="Folder of the data set; digits need none.")] = None,
@@ -237,10 +289,17 @@ def _show_plan(model: str, given: Sequence[str] | None, transformation: Transfor
     )
 
 
+_NUMBERS = (
+    "sparsity", "kept", "MFLOPs", "batch", "threads", "median ms", "fastest", "slowest", "times sift",
+    "processor ms", "times sift's",
+    "µs", "of peak", "dense µs", "break-even",
+)  # fmt: skip
+
+
 def _show_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, pad_edge=False)
     for head in heads:
-        right = head in ("sparsity", "kept", "MFLOPs")
+        right = head in _NUMBERS
         table.add_column(head, justify="right" if right else "left", no_wrap=head != "why")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
