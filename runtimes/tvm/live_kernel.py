@@ -16,12 +16,12 @@ from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.plan import LayerPlan
 from sift_compiler.lowering.specification import LayerSpec
-from sift_compiler.nn import reference
 from sift_compiler.runtimes.base import Specialisations
 from sift_compiler.runtimes.recompile import MaskWatch
 from sift_compiler.runtimes.tvm.input_gradient import InputGradient
 from sift_compiler.runtimes.tvm.output import fresh_output
 from sift_compiler.runtimes.tvm.part import Part
+from sift_compiler.runtimes.tvm.values_gradient import ValuesGradient
 from sift_compiler.runtimes.tvm.workspace import scratch
 
 _log = logging.getLogger(__name__)
@@ -43,14 +43,16 @@ class TvmKernel:
     ) -> None:
         self.spec, self.name, self.threads, self.cpu = spec, name, threads, cpu
         self.specialisations = specialisations or Specialisations(backward=Specialisations())
+        backward = self.specialisations.backward or Specialisations()
         derived = functools.partial(
             TvmKernel,
             name=f"gradient of {name}",
             threads=threads,
             cpu=cpu,
-            specialisations=self.specialisations.backward,
+            specialisations=backward,
         )
         self._input_gradient = InputGradient(spec, derived)
+        self._values_gradient = ValuesGradient(spec, name, threads, cpu, backward)
         self._watch = MaskWatch()
         self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[Part, ...]]] = {}
         self._no_bias = torch.zeros(spec.out_channels)
@@ -89,8 +91,13 @@ class TvmKernel:
 
     @torch.no_grad()
     def values_gradient(self, gradient: Tensor, x: Tensor, index: Tensor) -> Tensor:
-        """dL/dvalues [slots] from dL/dy and the layer's input, by way of the dense gradient."""
-        return _reference_values_gradient(self.spec, gradient, x, index)
+        """dL/dvalues [slots] from dL/dy and the layer's input: slots that are asleep get theirs, empty ones 0."""
+        if not gradient.numel() or not index.numel():
+            return torch.zeros(index.shape)
+        gradient, x = gradient.detach().contiguous(), x.detach().contiguous()
+        if self.spec.kind == "linear":
+            gradient, x = gradient.view(-1, gradient.shape[-1]), x.view(-1, x.shape[-1])
+        return self._values_gradient(gradient, x, index)
 
     # --- one call ---------------------------------------------------------------------------------------------------
 
@@ -183,12 +190,3 @@ class TvmKernel:
         if self.spec.kind == "linear":
             return (*shape[:-1], self.spec.out_channels)
         return (shape[0], self.spec.out_channels, *self.spec.output_size(shape[2], shape[3]))
-
-
-def _reference_values_gradient(spec: LayerSpec, gradient: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    if spec.kind == "linear":
-        return reference.gather(reference.linear_weight_gradient(gradient, x), index)
-    dense = reference.conv2d_weight_gradient(
-        gradient, x, spec.weight_shape, spec.stride, spec.padding, spec.dilation, spec.groups
-    )
-    return reference.gather(dense, index)

@@ -42,3 +42,31 @@ def perfect_shuffle(lanes: int, count: int) -> Any:
 def result_half(count: int) -> int:
     """Which half of the block holds the result of :func:`perfect_shuffle`."""
     return (count.bit_length() - 1) % 2
+
+
+def lane_sums(lanes: int) -> Any:
+    """A TIR macro ``(block)``: the sums of the lanes of ``lanes`` vectors, in lanes - 1 additions and twice as many shuffles.
+
+    ``block`` is a local buffer of 2 · lanes vectors, laid out as a binary heap: vector lanes + i holds what :func:`leaf` names, and
+    afterwards lane e of vector 1 is the sum of the lanes of vector number e. Two vectors become one by interleaving them and adding the
+    halves, so lanes of the one alternate with lanes of the other, level by level.
+    """
+    L = lanes
+    low, high = interleave(lanes)
+
+    @T.macro
+    def add_up(block):
+        for i in T.unroll(L - 1):
+            block[T.ramp((L - 1 - i) * L, 1, L)] = T.Shuffle(
+                [block[T.ramp((2 * (L - 1 - i)) * L, 1, L)], block[T.ramp((2 * (L - 1 - i) + 1) * L, 1, L)]], low
+            ) + T.Shuffle(
+                [block[T.ramp((2 * (L - 1 - i)) * L, 1, L)], block[T.ramp((2 * (L - 1 - i) + 1) * L, 1, L)]], high
+            )
+
+    return add_up
+
+
+def leaf(position: Any, lanes: int) -> Any:
+    """Which vector belongs on leaf ``position`` of :func:`lane_sums`: the position with its bits reversed."""
+    bits = lanes.bit_length() - 1
+    return sum((((position >> b) & 1) << (bits - 1 - b) for b in range(bits)), 0)

@@ -1,0 +1,119 @@
+"""The gradient of a layer's kept values, for any input, following its mask."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sift_compiler.ir.pattern import EMPTY, entry_of
+from sift_compiler.lowering.choose import choose
+from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.runtimes.base import Specialisations
+from sift_compiler.runtimes.recompile import MaskWatch
+from sift_compiler.runtimes.tvm.sampled_part import SampledPart
+from sift_compiler.runtimes.tvm.workspace import scratch
+
+_log = logging.getLogger(__name__)
+
+_PACKED_BYTES = 64 * 1024 * 1024
+"""Packed input and output gradient held at once, unless one group of images needs more."""
+_INDEX_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Images (tokens) ``first`` … ``last`` - 1, and who computes them."""
+
+    part: SampledPart
+    first: int
+    last: int
+
+
+class ValuesGradient:
+    """dL/dvalues of one layer.
+
+    Args:
+        spec: the layer.
+        name: its module path, for messages.
+        threads: workers of the kernels.
+        cpu: the processor to compile for.
+        counters: what is counted here.
+    """
+
+    def __init__(self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts, counters: Specialisations) -> None:
+        self._spec, self._name, self._threads, self._cpu, self._counters = spec, name, threads, cpu, counters
+        self._watch = MaskWatch()
+        self._shapes: dict[tuple[int, ...], tuple[_Stretch, ...]] = {}
+
+    def __call__(self, gradient: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        """dL/dvalues [slots] from contiguous float32 dL/dy [n, M, H', W'] or [n, out] and x [n, C, H, W] or [n, in]."""
+        if self._watch.moved(index):
+            self._follow(index)
+        shape = tuple(x.shape)
+        if shape not in self._shapes:
+            self._shapes[shape] = self._prepare(shape, index)
+        total = torch.zeros(index.numel())
+        for stretch in self._shapes[shape]:
+            source, upstream = x[stretch.first : stretch.last], gradient[stretch.first : stretch.last]
+            lanes = stretch.part.tile.vector
+            if stretch.part.tile.lanes == "batch" and source.shape[0] % lanes:
+                source, upstream = _padded("padded_x", source, lanes), _padded("padded_y", upstream, lanes)
+            total += stretch.part.run(source, upstream)
+        self._counters.calls += 1
+        return total
+
+    def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[_Stretch, ...]:
+        size = (shape[2], shape[3]) if self._spec.kind == "conv2d" else (1, 1)
+        begin, stretches, done = time.perf_counter(), [], 0
+        for choice in choose(self._spec, shape, self._cpu):
+            part = SampledPart(self._spec, choice.tile, choice.count, size, self._cpu, self._threads)
+            self._counters.builds += 1
+            part.repack(_entries(index))
+            last = min(choice.first + choice.count, shape[0])
+            step = self._items_at_once(part)
+            stretches += [_Stretch(part, first, min(first + step, last)) for first in range(done, last, step)]
+            done = last
+            _log.info("%s: gradient of values by %s for %s", self._name, choice.tile, shape)
+        self._counters.build_ms += 1e3 * (time.perf_counter() - begin)
+        return tuple(stretches)
+
+    def _items_at_once(self, part: SampledPart) -> int:
+        """Images (tokens) per kernel call: within the packed budget and 32-bit indices, and enough for all workers."""
+        if part.tile.lanes == "space":
+            return part.images
+        group = part.packed_per_group
+        groups = max(1, min(max(_PACKED_BYTES // (4 * group), self._threads * part.tile.width), _INDEX_LIMIT // group))
+        return groups * part.tile.vector
+
+    def _follow(self, index: Tensor) -> None:
+        """The mask has moved: pack its programs anew for every shape seen; no code is compiled."""
+        parts = {id(stretch.part): stretch.part for made in self._shapes.values() for stretch in made}
+        if parts:
+            begin = time.perf_counter()
+            for part in parts.values():
+                part.repack(_entries(index))
+            counters = self._counters
+            counters.last_repack_ms = 1e3 * (time.perf_counter() - begin)
+            counters.repack_ms += counters.last_repack_ms
+            counters.repacks += 1
+        self._watch.seen(index)
+
+
+def _entries(index: Tensor) -> Tensor:
+    """int32 [slots]: the entry whose gradient a slot gets, active or asleep; negative for empty slots."""
+    return entry_of(index).int() if bool((index < EMPTY).any()) else index
+
+
+def _padded(purpose: str, tensor: Tensor, lanes: int) -> Tensor:
+    """``tensor`` with zero images (tokens) up to whole vectors."""
+    count = -(-tensor.shape[0] // lanes) * lanes
+    inner = tensor[0].numel()
+    made = scratch(purpose, count * inner)[: count * inner].view(count, *tensor.shape[1:])
+    made[: tensor.shape[0]].copy_(tensor)
+    made[tensor.shape[0] :].zero_()
+    return made
