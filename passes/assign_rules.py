@@ -73,7 +73,8 @@ class AssignRules(Pass):
             return dataclasses.replace(decision, sparse=False, reason=_EXCEPTED)
         if transformation.identity:
             return dataclasses.replace(decision, sparse=False, reason=_NOTHING)
-        return dataclasses.replace(decision, rule=pattern)
+        structure = getattr(transformation, "structure", decision.structure)
+        return dataclasses.replace(decision, rule=pattern, structure=structure)
 
     def _refuse_idle(self, pattern: str, decided: Mapping[str, LayerDecision]) -> None:
         fitting = [path for path in decided if fnmatch.fnmatchcase(path, pattern)]

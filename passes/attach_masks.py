@@ -1,4 +1,4 @@
-"""Replace the chosen dense layers by sparse ones with a random mask of exact count.
+"""Replace the chosen dense layers by sparse ones with a random mask of exact count and of the structure that was chosen.
 
     call_module[conv] (nn.Conv2d, weight [out, in, kh, kw])  →  call_module[conv] (SparseConv2d, values [kept], index [kept])
 
@@ -60,7 +60,7 @@ class AttachMasks(Pass):
                 continue
             _refuse_tied(graph_module, path, dense)
             assert decision.kept is not None
-            pattern = Pattern.random(decision.widened_shape, decision.kept, generator)
+            pattern = decision.structure.random(decision.widened_shape, decision.kept, generator)
             with torch.random.fork_rng(devices=[]):
                 layer = _sparse(dense, pattern, decision, self.device)
             layer.train(dense.training)
@@ -85,14 +85,15 @@ def _sparse(dense: nn.Module, pattern: Pattern, decision: LayerDecision, device:
     layer: SparseLayer
     if not weight.is_meta:
         layer = (
-            SparseConv2d.like(dense, pattern)
+            SparseConv2d.like(dense, pattern, decision.structure)
             if isinstance(dense, nn.Conv2d)
-            else SparseLinear.like(_linear(dense), pattern)
+            else SparseLinear.like(_linear(dense), pattern, decision.structure)
         )
     elif isinstance(dense, nn.Conv2d):
         layer = SparseConv2d(
             dense.in_channels, dense.out_channels, dense.kernel_size, dense.stride, dense.padding, dense.dilation,  # type: ignore[arg-type]
             dense.groups, dense.bias is not None, pattern=pattern, device=device, dtype=weight.dtype,
+            structure=decision.structure,
         )  # fmt: skip
     else:
         assert isinstance(dense, nn.Linear)
@@ -103,6 +104,7 @@ def _sparse(dense: nn.Module, pattern: Pattern, decision: LayerDecision, device:
             pattern=pattern,
             device=device,
             dtype=weight.dtype,
+            structure=decision.structure,
         )
     if weight.is_meta:
         layer.values = nn.Parameter(torch.empty(pattern.nnz, dtype=weight.dtype, device="meta"))

@@ -8,7 +8,8 @@ density 1:
 Where layers have densities ρ_l of their own, all are scaled by (F - D) / Σ ρ_l S_l; one that would exceed 1 stays dense and the others
 make up for it. In a mix every transformation first gets the densities at which it costs what its own layers did. Solved from the actual integer sizes, 1x1 convolutions that a rewrite added included. Every layer keeps
 floor(density · numel) weights; the FLOPs that rounding down leaves over buy at most one weight more per layer, largest remainder
-first, so that small models balance too.
+first, so that small models balance too. Where a structure keeps weights in larger steps (a fan-in for all outputs, whole blocks) these
+take the place of single weights, and what it cannot keep the others do.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sift_compiler.ir import annotations as notes
 from sift_compiler.ir.annotations import Balance, LayerDecision
 from sift_compiler.ir.flops import FlopCount, count_flops
 from sift_compiler.ir.inputs import Inputs
+from sift_compiler.ir.mask_structure import UNSTRUCTURED
 from sift_compiler.passes.base import Pass, PassResult
 from sift_compiler.passes.conditions import COUNTS_KNOWN, LAYERS_DECIDED
 
@@ -60,10 +62,14 @@ class BalanceFlops(Pass):
         budget = self.dense.total - kept_dense
         if budget < 0 or (chosen and not (budget and sparsifiable)):
             raise infeasible(self.dense, now, set(chosen), self.widening)
-        densities = scaled_densities(self._densities(made, now), costs, budget)
         sizes = {path: math.prod(made[path].widened_shape) for path in chosen}
+        steps = {path: steps_of(made[path]) for path in chosen}
+        limits = {path: most / sizes[path] for path, (_, most) in steps.items()}
+        if sum(limits[path] * costs[path] for path in chosen) < budget and min(limits.values(), default=1.0) < 1:
+            raise _too_strict(made, limits, budget / sparsifiable)
+        densities = scaled_densities(self._densities(made, now), costs, budget, limits)
         prices = {path: costs[path] // sizes[path] for path in chosen}
-        for path, kept in kept_weights(sizes, prices, densities).items():
+        for path, kept in kept_weights(sizes, prices, densities, steps).items():
             made[path] = _decided(made[path], kept, sizes[path])
         notes.set_decisions(graph_module, made)
         struck = Balance(
@@ -95,45 +101,80 @@ def _decided(decision: LayerDecision, kept: int, numel: int) -> LayerDecision:
     return dataclasses.replace(decision, kept=kept)
 
 
-def scaled_densities(densities: Mapping[str, float], costs: Mapping[str, int], budget: float) -> dict[str, float]:
-    """``min(1, c · density)`` of every layer, with c such that all layers together cost ``budget``.
+def steps_of(decision: LayerDecision) -> tuple[int, int]:
+    """In what steps the number of a layer's kept weights can change, and the most it can be: what its structure allows.
+
+    Raises:
+        UserError: the layer's weight cannot have its structure.
+    """
+    structure, shape = decision.structure, decision.widened_shape
+    if structure == UNSTRUCTURED:
+        return 1, math.prod(shape)
+    try:
+        return structure.granule(shape), structure.largest(shape)
+    except UserError as error:
+        raise UserError(
+            f"Layer {decision.path!r}: {error} Or keep the layer dense: dense=({decision.path!r},)."
+        ) from error
+
+
+def _too_strict(made: Mapping[str, LayerDecision], limits: Mapping[str, float], needed: float) -> UserError:
+    tightest = min(limits, key=lambda path: limits[path])
+    return UserError(
+        f"FLOPs balance where layers keep {needed:.2%} of their weights, but {made[tightest].structure} lets layer {tightest!r} keep at most "
+        f"{limits[tightest]:.2%}: the model would cost less than the one given. Choose a sparsity of at least {1 - limits[tightest]:.4f}, "
+        "or a structure that keeps more."
+    )
+
+
+def scaled_densities(
+    densities: Mapping[str, float], costs: Mapping[str, int], budget: float, limits: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """``min(limit, c · density)`` of every layer, with c such that all layers together cost ``budget``.
 
     Args:
         densities: above 0, by layer.
         costs: FLOPs at density 1, by layer.
-        budget: FLOPs; with more than all layers cost, all densities are 1.
+        budget: FLOPs; with more than all layers cost at their limits, all are at them.
+        limits: the largest density of every layer, 1 by default.
     """
+    limit = {path: 1.0 if limits is None else limits[path] for path in densities}
     full: set[str] = set()
     while len(full) < len(densities):
         free = [path for path in densities if path not in full]
-        left = budget - sum(costs[path] for path in full)
+        left = budget - sum(limit[path] * costs[path] for path in full)
         scale = left / sum(densities[path] * costs[path] for path in free)
-        over = {path for path in free if scale * densities[path] >= 1}
+        over = {path for path in free if scale * densities[path] >= limit[path]}
         if not over:
-            return {path: 1.0 if path in full else scale * density for path, density in densities.items()}
+            return {path: limit[path] if path in full else scale * density for path, density in densities.items()}
         full |= over
-    return dict.fromkeys(densities, 1.0)
+    return limit
 
 
 def kept_weights(
-    sizes: Mapping[str, int], prices: Mapping[str, int], density: float | Mapping[str, float]
-) -> dict[str, int]:
+    sizes: Mapping[str, int], prices: Mapping[str, int], density: float | Mapping[str, float],
+    steps: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Weights kept per layer, for a budget of ``density`` times the FLOPs of all.
 
     Args:
         sizes: weights of every layer's dense weight.
         prices: FLOPs of one weight of every layer.
         density: kept share, in [0, 1]; of all layers or of each.
+        steps: in what steps each layer's count can change, and its most; 1 and all by default.
     """
+    step = {path: 1 if steps is None else steps[path][0] for path in sizes}
+    most = {path: numel if steps is None else steps[path][1] for path, numel in sizes.items()}
     wanted = {
         path: numel * (density[path] if isinstance(density, Mapping) else density) for path, numel in sizes.items()
     }
-    kept = {path: min(numel, math.floor(wanted[path] * (1 + 1e-12))) for path, numel in sizes.items()}
+    kept = {path: min(most[path], math.floor(wanted[path] * (1 + 1e-12)) // step[path] * step[path]) for path in sizes}
     left = sum(wanted[path] * prices[path] for path in sizes) - sum(kept[path] * prices[path] for path in sizes)
-    for path in sorted(sizes, key=lambda each: kept[each] - wanted[each]):
-        if kept[path] < sizes[path] and prices[path] <= left * (1 + 1e-12):
-            kept[path] += 1
-            left -= prices[path]
+    for path in sorted(sizes, key=lambda each: (kept[each] - wanted[each]) / step[each]):
+        cost = prices[path] * step[path]
+        if kept[path] + step[path] <= most[path] and cost <= left * (1 + 1e-12):
+            kept[path] += step[path]
+            left -= cost
     return kept
 
 

@@ -123,8 +123,9 @@ def _decided(decision: LayerDecision, replacement: Replacement) -> dict[str, Lay
         assert isinstance(weight, nn.Parameter)
         shape = tuple(weight.shape)
         made[path] = LayerDecision(
-            path, decision.kind, sparse, reason, shape, shape, rule=decision.rule, origin=decision.path
-        )
+            path, decision.kind, sparse, reason, shape, shape, rule=decision.rule, origin=decision.path,
+            structure=decision.structure,
+        )  # fmt: skip
     return made
 
 

@@ -20,8 +20,19 @@ if TYPE_CHECKING:
         UserError,
     )
     from sift_compiler.export import export
+    from sift_compiler.ir.mask_structure import NM, Block, Channel, ConstantFanIn, TransposableNM, Unstructured
     from sift_compiler.ir.pattern import Pattern
+    from sift_compiler.masking.bame import BAME
+    from sift_compiler.masking.bidst import BiDST
+    from sift_compiler.masking.gradual import GMP, GraNet
+    from sift_compiler.masking.mest import MEST
+    from sift_compiler.masking.rule import DynamicMethod, MovingMethod
+    from sift_compiler.masking.snfs import SNFS
+    from sift_compiler.masking.snip import snip
+    from sift_compiler.masking.srigl import SRigL
+    from sift_compiler.masking.straight_through import SRSTE, TopKAST
     from sift_compiler.nn import SparseConv2d, SparseLinear
+    from sift_compiler.nn.storage import compact, dense_storage
     from sift_compiler.options import (
         SET,
         CompileOptions,
@@ -39,13 +50,27 @@ if TYPE_CHECKING:
     from sift_compiler.storage import load, load_checkpoint, save
 
 _HOMES = {
+    "BAME": "masking.bame",
+    "BiDST": "masking.bidst",
+    "Block": "ir.mask_structure",
+    "Channel": "ir.mask_structure",
     "CompileOptions": "options",
+    "ConstantFanIn": "ir.mask_structure",
+    "DynamicMethod": "masking.rule",
+    "GMP": "masking.gradual",
+    "GraNet": "masking.gradual",
     "LowRank": "options",
+    "MEST": "masking.mest",
+    "MovingMethod": "masking.rule",
+    "NM": "ir.mask_structure",
     "PassError": "errors",
     "Pattern": "ir.pattern",
     "RigL": "options",
     "RuntimeBuildError": "errors",
     "SET": "options",
+    "SNFS": "masking.snfs",
+    "SRSTE": "masking.straight_through",
+    "SRigL": "masking.srigl",
     "SiftError": "errors",
     "SparseConv2d": "nn",
     "SparseDoped": "options",
@@ -55,8 +80,13 @@ _HOMES = {
     "SparseWide": "options",
     "StaleArtifactError": "errors",
     "Static": "options",
+    "TopKAST": "masking.straight_through",
+    "TransposableNM": "ir.mask_structure",
+    "Unstructured": "ir.mask_structure",
     "UnsupportedError": "errors",
     "UserError": "errors",
+    "compact": "nn.storage",
+    "dense_storage": "nn.storage",
     "export": "export",
     "load": "storage",
     "load_checkpoint": "storage",
@@ -64,17 +94,32 @@ _HOMES = {
     "rewrite": "rewrite",
     "save": "storage",
     "schedule": "schedule",
+    "snip": "masking.snip",
 }
 """Every public name and the module it is defined in."""
 
 __all__ = [
+    "BAME",
+    "GMP",
+    "MEST",
+    "NM",
     "SET",
+    "SNFS",
+    "SRSTE",
+    "BiDST",
+    "Block",
+    "Channel",
     "CompileOptions",
+    "ConstantFanIn",
+    "DynamicMethod",
+    "GraNet",
     "LowRank",
+    "MovingMethod",
     "PassError",
     "Pattern",
     "RigL",
     "RuntimeBuildError",
+    "SRigL",
     "SiftError",
     "SparseConv2d",
     "SparseDoped",
@@ -84,8 +129,13 @@ __all__ = [
     "SparseWide",
     "StaleArtifactError",
     "Static",
+    "TopKAST",
+    "TransposableNM",
+    "Unstructured",
     "UnsupportedError",
     "UserError",
+    "compact",
+    "dense_storage",
     "export",
     "load",
     "load_checkpoint",
@@ -93,6 +143,7 @@ __all__ = [
     "rewrite",
     "save",
     "schedule",
+    "snip",
 ]
 
 

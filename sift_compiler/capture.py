@@ -22,6 +22,7 @@ from sift_compiler.errors import UnsupportedError, UserError
 from sift_compiler.ir.inputs import Inputs, arguments_of, called
 from sift_compiler.ir.inputs import as_inputs as as_inputs
 from sift_compiler.ir.modes import training_mode
+from sift_compiler.nn import SparseLayer
 from sift_compiler.passes.manager import run_passes
 from sift_compiler.passes.raise_modules import RaiseModules
 from sift_compiler.passes.remove_mutation import RemoveMutation
@@ -56,6 +57,11 @@ def capture(
     with training_mode(model, True):
         exported = _export(model, inputs)
     graph_module = raise_exported(exported)
+    # Operators do not know the structure of a mask; the layers they came from do.
+    structures = {path: layer.structure for path, layer in model.named_modules() if isinstance(layer, SparseLayer)}
+    for path, layer in graph_module.named_modules():
+        if isinstance(layer, SparseLayer) and path in structures:
+            layer.structure = structures[path]
     graph_module.train(model.training)
     return graph_module
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from sift_compiler.errors import UserError, unknown_name
+from sift_compiler.ir.mask_structure import UNSTRUCTURED, Structure
 
 Initialisation = Literal["paper", "sparse_aware", "default"]
 Decay = Literal["cosine", "linear", "exponential", "constant"]
@@ -73,9 +74,14 @@ class _Masked(Transformation):
     distribution: Distribution | Mapping[str, float] = "uniform"
     """How densities differ between layers before all are scaled to balance FLOPs: ``"uniform"``; ``"er"``, ``"erk"`` (Erdős–Rényi, with
     kernel: more of small layers); or sparsities by pattern of module paths, the first that fits; other layers have ``sparsity``."""
+    structure: Structure = UNSTRUCTURED
+    """What masks look like: ``NM(2, 4)``, ``TransposableNM(2, 8)``, ``Block(4, 4)``, ``ConstantFanIn()``, ``Channel()`` or unstructured. Of
+    n of m entries *at most* n are kept: FLOPs balance at a sparsity a little above the nominal one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.structure, Structure):
+            raise _refuse(self, "structure", "a structure such as sift.NM(2, 4)")
         if isinstance(self.distribution, Mapping):
             for pattern, sparsity in self.distribution.items():
                 if not isinstance(pattern, str) or not 0 <= sparsity < 1:

@@ -32,6 +32,7 @@ from sift_compiler.checkpoint import Checkpoint, optimizer_by_name, random_state
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError
 from sift_compiler.ir import annotations as decided
 from sift_compiler.ir.inputs import Inputs, arguments_of, as_inputs
+from sift_compiler.ir.mask_structure import structure_from_plain
 from sift_compiler.ir.modes import training_mode
 from sift_compiler.nn import MaskHook, SparseLayer
 from sift_compiler.schedule import MaskScheduler
@@ -115,6 +116,7 @@ def load_checkpoint(path: StrPath) -> Checkpoint:
         state = torch.load(io.BytesIO(state_bytes), weights_only=True)
         with _quiet():
             module = raise_exported(torch.export.load(source))
+        _restore_structures(module, metadata["layers"])
         _check_layers(source, _layers(module), metadata["layers"])
         _annotate(module, metadata["annotations"])
         masks = metadata["masks"]
@@ -162,7 +164,12 @@ def _metadata(module: nn.Module, masks: MaskScheduler | None) -> dict[str, Any]:
 
 def _layers(module: nn.Module) -> dict[str, Any]:
     return {
-        name: {"kind": type(layer).__name__, "weight_shape": list(layer.weight_shape), "active": layer.index.numel()}
+        name: {
+            "kind": type(layer).__name__,
+            "weight_shape": list(layer.weight_shape),
+            "active": layer.index.numel(),
+            "structure": layer.structure.to_plain(),
+        }
         for name, layer in sorted(module.named_modules())
         if isinstance(layer, SparseLayer)
     }
@@ -174,7 +181,10 @@ def _annotations(module: nn.Module) -> dict[str, Any]:
         return {"decisions": [], "replacements": {}, "balance": None}
     balance = decided.balance(module)
     return {
-        "decisions": [dataclasses.asdict(decision) for decision in decided.decisions(module).values()],
+        "decisions": [
+            {**dataclasses.asdict(decision), "structure": decision.structure.to_plain()}
+            for decision in decided.decisions(module).values()
+        ],
         "replacements": dict(decided.replacements(module)),
         "balance": None if balance is None else dataclasses.asdict(balance),
     }
@@ -184,12 +194,22 @@ def _annotate(module: fx.GraphModule, saved: Mapping[str, Any]) -> None:
     decisions = {}
     for entry in saved["decisions"]:
         shapes = {name: tuple(entry[name]) for name in ("weight_shape", "widened_shape")}
-        decisions[entry["path"]] = decided.LayerDecision(**{**entry, **shapes})
+        structure = structure_from_plain(entry["structure"])
+        decisions[entry["path"]] = decided.LayerDecision(**{**entry, **shapes, "structure": structure})
     if decisions:
         decided.set_decisions(module, decisions)
     module.meta[decided.REPLACEMENTS] = dict(saved.get("replacements", {}))
     if saved["balance"] is not None:
         module.meta[decided.BALANCE] = decided.Balance(**saved["balance"])
+
+
+def _restore_structures(module: nn.Module, described: Mapping[str, Any]) -> None:
+    """Give the sparse layers of ``module`` the structures that are described; a graph of operators does not know them."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, SparseLayer) and name in described:
+            structure = structure_from_plain(described[name]["structure"])
+            structure.check(layer.pattern)
+            layer.structure = structure
 
 
 def _check_layers(source: Path, found: Mapping[str, Any], described: Mapping[str, Any]) -> None:

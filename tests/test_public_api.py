@@ -15,9 +15,12 @@ import pytest
 import sift_compiler as sift
 
 NAMES = {
-    "SET", "CompileOptions", "LowRank", "PassError", "Pattern", "RigL", "RuntimeBuildError", "SiftError", "SparseConv2d",
-    "SparseDoped", "SparseFactorized", "SparseLinear", "SparseParallel", "SparseWide", "StaleArtifactError", "Static",
-    "UnsupportedError", "UserError", "export", "load", "load_checkpoint", "report", "rewrite", "save", "schedule",
+    "BAME", "BiDST", "Block", "Channel", "CompileOptions", "ConstantFanIn", "DynamicMethod", "GMP", "GraNet",
+    "LowRank", "MEST", "MovingMethod", "NM", "PassError", "Pattern", "RigL", "RuntimeBuildError", "SET", "SNFS",
+    "SRSTE", "SRigL", "SiftError", "SparseConv2d", "SparseDoped", "SparseFactorized", "SparseLinear",
+    "SparseParallel", "SparseWide", "StaleArtifactError", "Static", "TopKAST", "TransposableNM", "Unstructured",
+    "UnsupportedError", "UserError", "compact", "dense_storage", "export", "load", "load_checkpoint", "report",
+    "rewrite", "save", "schedule", "snip",
 }  # fmt: skip
 
 

@@ -188,7 +188,9 @@ def test_the_description_is_readable(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.pt2") as archive:
         metadata = json.loads(archive.read("archive/sift/metadata.json"))
         names = archive.namelist()
-    assert metadata["layers"]["body"] == {"kind": "SparseConv2d", "weight_shape": [8, 8, 3, 3], "active": 116}
+    assert metadata["layers"]["body"] == {
+        "kind": "SparseConv2d", "weight_shape": [8, 8, 3, 3], "active": 116, "structure": {"name": "Unstructured"},
+    }  # fmt: skip
     assert metadata["masks"]["method"]["name"] == "RigL"
     assert metadata["hooks"]
     assert not any(name.endswith((".py", ".pkl")) for name in names)

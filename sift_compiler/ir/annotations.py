@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from sift_compiler.ir.mask_structure import UNSTRUCTURED, Structure
 from sift_compiler.ir.width import WidthTable
 
 DECISIONS = "sift_decisions"
@@ -35,6 +36,7 @@ class LayerDecision:
         rule: the pattern of module paths whose transformation takes it; empty for one that none takes.
         origin: path of the layer of the model given that it is a part of; empty for a layer that is one itself.
         density: share to keep before FLOPs are balanced, in (0, 1], where layers differ.
+        structure: what its mask must look like.
     """
 
     path: str
@@ -47,6 +49,7 @@ class LayerDecision:
     rule: str = ""
     origin: str = ""
     density: float | None = None
+    structure: Structure = UNSTRUCTURED
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,7 @@ class Rule:
         if self.storage == "dense" and layer.slots != layer.numel:
             raise UserError(
                 f"{self.method.name} needs dense storage: a value for every entry of the dense weight; layer {layer.name!r} holds "
-                f"{layer.slots} of {layer.numel}. Before you make the optimizer, call sift.dense_storage(module), or rewrite with "
-                "SparseWide(…, storage='dense')."
+                f"{layer.slots} of {layer.numel}. Before you make the optimizer, call sift.dense_storage(module)."
             )
         if self.storage == "compact" and asleep:
             raise UserError(
