@@ -7,7 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.nn.fused import NOTHING, Finish
 
 
 @dataclass
@@ -33,8 +35,13 @@ class LiveKernel(Protocol):
     spec: LayerSpec
     specialisations: Specialisations
 
-    def __call__(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute the layer for any batch size; re-specialises first if ``index`` has changed since the last call."""
+    def __call__(
+        self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish = NOTHING
+    ) -> Tensor:
+        """Compute the layer for any batch size; re-specialises first if ``index`` has changed since the last call.
+
+        ``finish`` holds the tensors of the epilogue that the kernel was built with.
+        """
 
 
 class Runtime(Protocol):
@@ -45,5 +52,5 @@ class Runtime(Protocol):
     def refuse(self, spec: LayerSpec, device: str) -> str | None:
         """Why this runtime does not take the layer on this device, or None if it does."""
 
-    def build(self, spec: LayerSpec, name: str, threads: int) -> LiveKernel:
-        """A live kernel for ``spec``; ``name`` is the layer's module path, for messages and reports."""
+    def build(self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN) -> LiveKernel:
+        """A live kernel for ``spec``; ``name`` is the layer's module path, for messages and reports. One with an epilogue is for inference."""

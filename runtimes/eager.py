@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn import reference
+from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.base import Specialisations
 
 
 class EagerKernel:
     """Runs a layer on the reference path; it has no program, hence nothing to re-specialise."""
 
-    def __init__(self, spec: LayerSpec, name: str) -> None:
-        self.name, self.spec, self.specialisations = name, spec, Specialisations()
+    def __init__(self, spec: LayerSpec, name: str, epilogue: Epilogue = PLAIN) -> None:
+        self.name, self.spec, self.epilogue, self.specialisations = name, spec, epilogue, Specialisations()
 
-    def __call__(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish = NOTHING
+    ) -> Tensor:
         """Compute the layer with a dense operation."""
+        y = self._layer(x, values, index, bias)
+        if self.epilogue == PLAIN:
+            return y
+        return finish.apply(y, self.epilogue.activation, -1 if self.spec.kind == "linear" else 1).contiguous()
+
+    def _layer(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
         spec = self.spec
         self.specialisations.calls += 1
         if spec.kind == "linear":
@@ -35,6 +45,6 @@ class EagerRuntime:
         """Never refuses."""
         return None
 
-    def build(self, spec: LayerSpec, name: str, threads: int) -> EagerKernel:
+    def build(self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN) -> EagerKernel:
         """A kernel for ``spec``; torch's own thread setting holds, ``threads`` is not used."""
-        return EagerKernel(spec, name)
+        return EagerKernel(spec, name, epilogue)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -14,8 +15,10 @@ from torch import Tensor
 from sift_compiler.errors import UserError
 from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.plan import LayerPlan
 from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.base import Specialisations
 from sift_compiler.runtimes.recompile import MaskWatch
 from sift_compiler.runtimes.tvm.input_gradient import InputGradient
@@ -36,12 +39,14 @@ class TvmKernel:
         threads: workers of the kernels.
         cpu: the processor to compile for.
         specialisations: counters to use, those of another kernel; by default its own.
+        epilogue: what is done to finished sums; gradients know nothing of it.
     """
 
     def __init__(
-        self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts, specialisations: Specialisations | None = None
-    ) -> None:
-        self.spec, self.name, self.threads, self.cpu = spec, name, threads, cpu
+        self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts, specialisations: Specialisations | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> None:  # fmt: skip
+        self.spec, self.name, self.threads, self.cpu, self.epilogue = spec, name, threads, cpu, epilogue
         self.specialisations = specialisations or Specialisations(backward=Specialisations())
         backward = self.specialisations.backward or Specialisations()
         derived = functools.partial(
@@ -67,8 +72,10 @@ class TvmKernel:
         return LayerPlan(name=self.name, spec=self.spec, input_shape=tuple(input_shape), runtime="tvm", parts=parts)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
-        """x [N, C, H, W] or [..., in] → [N, M, H', W'] or [..., out], contiguous float32."""
+    def __call__(
+        self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish = NOTHING
+    ) -> Tensor:
+        """x [N, C, H, W] or [..., in] → [N, M, H', W'] or [..., out], contiguous float32; ``finish`` holds what the epilogue needs."""
         if self._watch.moved(index):
             self._follow(index)
         shape = tuple(x.shape)
@@ -79,7 +86,7 @@ class TvmKernel:
         bias = self._no_bias if bias is None else bias.detach().contiguous()
         y = fresh_output(self._output_shape(shape))
         if y.numel():
-            self._run(prepared[1], x, values, bias, y)
+            self._run(prepared[1], x, values, bias, y, finish.contiguous())
         self.specialisations.calls += 1
         return y
 
@@ -101,30 +108,41 @@ class TvmKernel:
 
     # --- one call ---------------------------------------------------------------------------------------------------
 
-    def _run(self, parts: tuple[Part, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor) -> None:
+    def _run(self, parts: tuple[Part, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish) -> None:
         linear = self.spec.kind == "linear"
         source = x.view(-1, x.shape[-1]) if linear else x
         target = y.view(-1, y.shape[-1]) if linear else y
+        finish = finish.like(target)
         if self.spec.nnz == 0 or self.spec.in_channels == 0:
             target.copy_(bias if linear else bias.view(1, -1, 1, 1))
+            target.copy_(finish.apply(target, self.epilogue.activation, 1))
             return
         for part in parts:
             first, last = part.choice.first, part.choice.first + part.choice.count
             inside = min(last, source.shape[0])
             if last == inside:
                 whole = part.choice.count == source.shape[0]
-                part.run(source if whole else source[first:last], values, bias, target if whole else target[first:last])
+                if whole:
+                    part.run(source, values, bias, target, finish)
+                else:
+                    part.run(source[first:last], values, bias, target[first:last], finish.rows(first, last))
             else:
-                self._run_padded(part, source[first:inside], values, bias, target[first:inside])
+                rows = slice(first, inside)
+                self._run_padded(part, source[rows], values, bias, target[rows], finish.rows(first, inside))
 
-    def _run_padded(self, part: Part, x: Tensor, values: Tensor, bias: Tensor, y: Tensor) -> None:
+    def _run_padded(self, part: Part, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish) -> None:
         """Fewer images (tokens) than a vector has lanes: the lanes that are left over compute what nobody reads."""
         count, real = part.choice.count, x.shape[0]
         source = scratch("padded_x", count * x[0].numel())[: count * x[0].numel()].view(count, *x.shape[1:])
         target = scratch("padded_y", count * y[0].numel())[: count * y[0].numel()].view(count, *y.shape[1:])
         source[:real].copy_(x)
         source[real:].zero_()
-        part.run(source, values, bias, target)
+        if finish.residual is not None:
+            residual = scratch("padded_residual", target.numel())[: target.numel()].view(target.shape)
+            residual[:real].copy_(finish.residual)
+            residual[real:].zero_()
+            finish = dataclasses.replace(finish, residual=residual)
+        part.run(source, values, bias, target, finish)
         y.copy_(target[:real])
 
     # --- getting ready ----------------------------------------------------------------------------------------------
@@ -133,7 +151,7 @@ class TvmKernel:
         plan = self.plan(shape)
         size = (shape[2], shape[3]) if self.spec.kind == "conv2d" else (1, 1)
         begin = time.perf_counter()
-        parts = tuple(Part(self.spec, part, size, self.cpu, self.threads) for part in plan.parts)
+        parts = tuple(Part(self.spec, part, size, self.cpu, self.threads, self.epilogue) for part in plan.parts)
         self.specialisations.builds += len(parts)
         self.specialisations.build_ms += 1e3 * (time.perf_counter() - begin)
         host = index.numpy()

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.packing import Packing, packing
 from sift_compiler.lowering.plan import Choice
 from sift_compiler.lowering.program import Program
 from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.tvm import kernels
 from sift_compiler.runtimes.tvm.build import compiled
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
@@ -96,11 +98,21 @@ class Part:
         size: height and width of the input; (1, 1) for a linear layer.
         cpu: the processor.
         threads: workers; with 1 no thread pool is touched.
+        epilogue: what is done to finished sums.
     """
 
-    def __init__(self, spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int) -> None:
-        self.spec, self.choice, self.threads, self._cpu = spec, choice, threads, cpu
+    def __init__(
+        self,
+        spec: LayerSpec,
+        choice: Choice,
+        size: tuple[int, int],
+        cpu: CpuFacts,
+        threads: int,
+        epilogue: Epilogue = PLAIN,
+    ) -> None:
+        self.spec, self.choice, self.threads, self._cpu, self._epilogue = spec, choice, threads, cpu, epilogue
         self._mask: _Mask | None = None
+        self._one = torch.ones(1)  # stands where the kernel reads nothing
         self._pack_kernel: Callable[..., Any]
         tile = choice.tile
         self._groups = -(-spec.out_channels // tile.rows)
@@ -134,8 +146,11 @@ class Part:
 
     # --- running --------------------------------------------------------------------------------------------------
 
-    def run(self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor) -> None:
-        """Compute ``y`` from contiguous float32 ``x``: [count, C, H, W] → [count, M, H', W'], or [count, in] → [count, out]."""
+    def run(self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish = NOTHING) -> None:
+        """Compute ``y`` from contiguous float32 ``x``: [count, C, H, W] → [count, M, H', W'], or [count, in] → [count, out].
+
+        ``finish`` holds contiguous float32 tensors, the residual one like ``y``.
+        """
         mask = self._mask
         assert mask is not None, "a part is packed before it runs"
         packed_values = scratch("values", self.spec.nnz)
@@ -145,10 +160,11 @@ class Part:
         for first in range(0, x.shape[0], items):
             whole = items >= x.shape[0]
             source, target = (x, y) if whole else (x[first : first + items], y[first : first + items])
+            residual = finish.residual if whole or finish.residual is None else finish.residual[first : first + items]
             packed, sizes, strips = self._pack(source)
             self._kernel(
                 packed, mask.stream, mask.block_column, mask.block_value, packed_values, bias, *self._tables.runs,
-                target.view(-1), *workspaces, self._workers(strips), strips, *sizes,
+                *(self._one if t is None else t.view(-1) for t in (finish.scale, finish.shift, residual)), target.view(-1), *workspaces, self._workers(strips), strips, *sizes,
             )  # fmt: skip
 
     def _workers(self, pieces: int) -> int:
@@ -270,7 +286,7 @@ class Part:
         constants = {
             "lanes": tile.vector, "rows": tile.rows, "height": tile.height, "width": tile.width,
             "pitch": layout.window if tile.height > 1 else 0, "output": output, "strip": self._strip,
-            "parallel": parallel,
+            "parallel": parallel, "epilogue": self._epilogue,
         }  # fmt: skip
         return packing_code, (sparse_tile, constants)
 

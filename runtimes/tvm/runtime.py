@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sift_compiler.errors import UnsupportedError
+from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.target import ensure_pool, host_cpu
@@ -23,7 +24,7 @@ class TvmRuntime:
             return "more than 2^31 kept weights"
         return None
 
-    def build(self, spec: LayerSpec, name: str, threads: int) -> TvmKernel:
+    def build(self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN) -> TvmKernel:
         """A live kernel; machine code is made when the first input shows its shape.
 
         Raises:
@@ -34,4 +35,4 @@ class TvmRuntime:
             raise UnsupportedError(f"{name}: {reason}. Use runtime='eager'.")
         if threads > 1:
             ensure_pool(threads)
-        return TvmKernel(spec, name, max(1, threads), host_cpu())
+        return TvmKernel(spec, name, max(1, threads), host_cpu(), epilogue=epilogue)

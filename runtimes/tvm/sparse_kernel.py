@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 from tvm.script import tirx as T
 
+from sift_compiler.lowering.epilogue import Epilogue
+from sift_compiler.runtimes.tvm.epilogue import finished
 from sift_compiler.runtimes.tvm.transpose import perfect_shuffle, result_half
 
 Output = Literal["images", "stretches", "tokens"]
@@ -31,7 +33,8 @@ Output = Literal["images", "stretches", "tokens"]
 
 # fmt: off
 def sparse_tile(
-    *, lanes: int, rows: int, height: int, width: int, pitch: int, output: Output, strip: int, parallel: bool, name: str
+    *, lanes: int, rows: int, height: int, width: int, pitch: int, output: Output, strip: int, parallel: bool,
+    epilogue: Epilogue, name: str,
 ) -> Any:
     """The TIR function of one class of layers.
 
@@ -43,12 +46,13 @@ def sparse_tile(
         output: how a finished tile leaves.
         strip: positions transposed at once when a row of tiles over images is finished, a power of two up to ``lanes``; 0 scatters each
             tile by itself (for outputs of fewer than four positions in a row of tiles).
+        epilogue: what is done to finished sums.
         parallel: run ``workers`` workers on TVM's pool; otherwise the caller's thread does all of it.
         name: symbol of the function.
 
     The function's arguments, in order: packed input X (the input itself for tokens); the program's stream, and where each block begins
     in it and in the values; packed values; bias [M]; stretch starts, tile positions, output positions and lengths (read for
-    ``stretches`` only); output Y; workspaces: windows, partial sums, finished rows of tiles [workers · size]; then integers. A row of
+    ``stretches`` only); scale and shift [M] and residual, laid out as the output (read if the epilogue says so); output Y; workspaces: windows, partial sums, finished rows of tiles [workers · size]; then integers. A row of
     tiles (``tiles_across`` of them) is the unit of parallel work.
     """
     L, R, NV, NP = lanes, rows, height * width, (1 << rows) - 1
@@ -61,10 +65,14 @@ def sparse_tile(
     def across(within: Any, line: Any) -> Any:
         return within if images else line
 
+    def stored(value: Any, width: int, scale: Any, shift: Any, residual: Any) -> Any:
+        return finished(epilogue, value, width, scale, shift, residual)
+
     @T.prim_func
     def kernel(
         x: T.handle, stream: T.handle, block_column: T.handle, block_value: T.handle, values: T.handle, bias: T.handle,
         run_start: T.handle, run_source: T.handle, run_target: T.handle, run_length: T.handle,
+        scale: T.handle, shift: T.handle, residual: T.handle,
         y: T.handle, window: T.handle, sums: T.handle, finished: T.handle,
         workers: T.int32, strips: T.int32, strips_in_group: T.int32, tiles_across: T.int32, across_step: T.int32,
         last_y: T.int32, last_x: T.int32, row_step: T.int32, column_step: T.int32, group_step: T.int32,
@@ -75,6 +83,7 @@ def sparse_tile(
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n7, n8, n9, n10, n11, n12, n13 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        n14, n15, n16 = T.int32(), T.int32(), T.int32()
         X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
         F = T.match_buffer(stream, (n1,), "int32", align=4, offset_factor=1)
         BC = T.match_buffer(block_column, (n2,), "int32", align=4, offset_factor=1)
@@ -85,6 +94,9 @@ def sparse_tile(
         RF = T.match_buffer(run_source, (n7,), "int32", align=4, offset_factor=1)
         RT = T.match_buffer(run_target, (n8,), "int32", align=4, offset_factor=1)
         RL = T.match_buffer(run_length, (n9,), "int32", align=4, offset_factor=1)
+        SC = T.match_buffer(scale, (n14,), "float32", align=4, offset_factor=1)
+        SH = T.match_buffer(shift, (n15,), "float32", align=4, offset_factor=1)
+        E = T.match_buffer(residual, (n16,), "float32", align=4, offset_factor=1)
         Y = T.match_buffer(y, (n10,), "float32", align=4, offset_factor=1)
         W = T.match_buffer(window, (n11,), "float32", align=64)
         S = T.match_buffer(sums, (n12,), "float32", align=64)
@@ -148,7 +160,10 @@ def sparse_tile(
                 if images:
                     if N == 0:
                         for m, j, i in T.grid(M, height, width):
-                            Y[T.ramp((group * L * M + m) * out_area + (top + j) * out_width + left + i, M * out_area, L)] = S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)]
+                            scattered: T.let[T.int32] = (group * L * M + m) * out_area + (top + j) * out_width + left + i
+                            Y[T.ramp(scattered, M * out_area, L)] = stored(
+                                S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)], L, T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(scattered, M * out_area, L)]
+                            )
                     else:
                         for m, j, i in T.grid(M, height, width):
                             Q[T.ramp(q0 + ((m * height + j) * out_width + left + i) * L, 1, L)] = S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)]
@@ -160,7 +175,10 @@ def sparse_tile(
                                     cells[T.ramp(i * L, 1, L)] = Q[T.ramp(q0 + (m * height * out_width + start + i) * L, 1, L)]
                                 narrow(cells)
                                 for i in T.unroll(L):
-                                    Y[T.ramp(((group * L + i) * M + m) * out_area + top * out_width + start, 1, N)] = cells[T.ramp(narrow_half * N * L + i * N, 1, N)]
+                                    place: T.let[T.int32] = ((group * L + i) * M + m) * out_area + top * out_width + start
+                                    Y[T.ramp(place, 1, N)] = stored(
+                                        cells[T.ramp(narrow_half * N * L + i * N, 1, N)], N, T.broadcast(SC[m], N), T.broadcast(SH[m], N), E[T.ramp(place, 1, N)]
+                                    )
                 if tokens:
                     if M >= L:
                         for u, q in T.grid(NV, (M + L - 1) // L):
@@ -170,15 +188,22 @@ def sparse_tile(
                                 cells[T.ramp(i * L, 1, L)] = S[T.ramp(s0 + ((row + i) * NV + u) * L, 1, L)]
                             square(cells)
                             for i in T.unroll(L):
-                                Y[T.ramp((left + u * L + i) * M + row, 1, L)] = cells[T.ramp((square_half * L + i) * L, 1, L)]
+                                token: T.let[T.int32] = (left + u * L + i) * M + row
+                                Y[T.ramp(token, 1, L)] = stored(
+                                    cells[T.ramp((square_half * L + i) * L, 1, L)], L, SC[T.ramp(row, 1, L)], SH[T.ramp(row, 1, L)], E[T.ramp(token, 1, L)]
+                                )
                     else:
                         for m, u in T.grid(M, NV):
-                            Y[T.ramp((left + u * L) * M + m, M, L)] = S[T.ramp(s0 + (m * NV + u) * L, 1, L)]
+                            Y[T.ramp((left + u * L) * M + m, M, L)] = stored(
+                                S[T.ramp(s0 + (m * NV + u) * L, 1, L)], L, T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp((left + u * L) * M + m, M, L)]
+                            )
                 if stretches:
                     for m in range(M):
                         for q in range(RS[line + 1] - RS[line]):
                             for i in range(RL[RS[line] + q]):
-                                Y[m * out_area + RT[RS[line] + q] + i] = S[s0 + m * NV * L + RF[RS[line] + q] + i]
+                                Y[m * out_area + RT[RS[line] + q] + i] = stored(
+                                    S[s0 + m * NV * L + RF[RS[line] + q] + i], 1, SC[m], SH[m], E[m * out_area + RT[RS[line] + q] + i]
+                                )
 
     return kernel
 # fmt: on

@@ -1,0 +1,136 @@
+"""The operators ``sift::conv2d_fused`` and ``sift::linear_fused``: a sparse layer and what follows it, in one call, for inference.
+
+    y = activation((layer(x) + bias) · scale + shift + residual)
+
+``scale`` and ``shift`` have one number per output channel and are given at every call, so batch-norm statistics may change. There is no
+backward: the torch.compile backend puts these operators only into graphs that need none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sift_compiler.nn import live, operators, reference
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hard_swish": F.hardswish,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}
+"""What may follow a layer, by name."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The tensors of an epilogue.
+
+    Attributes:
+        scale, shift: [M], both or neither.
+        residual: of the output's shape, or None.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+
+    def contiguous(self) -> Finish:
+        """The same, detached and contiguous."""
+        tensors = (self.scale, self.shift, self.residual)
+        return (
+            self
+            if all(t is None for t in tensors)
+            else Finish(*(t if t is None else t.detach().contiguous() for t in tensors))
+        )
+
+    def like(self, y: Tensor) -> Finish:
+        """The same with the residual in the shape of ``y``."""
+        return self if self.residual is None else dataclasses.replace(self, residual=self.residual.view(y.shape))
+
+    def rows(self, first: int, last: int) -> Finish:
+        """What images (tokens) from ``first`` to before ``last`` need."""
+        return self if self.residual is None else dataclasses.replace(self, residual=self.residual[first:last])
+
+    def apply(self, y: Tensor, activation: str, channel: int) -> Tensor:
+        """The reference: finish ``y``, whose channels are dimension ``channel``."""
+        if self.scale is not None and self.shift is not None:
+            shape = [1] * y.dim()
+            shape[channel] = -1
+            y = y * self.scale.view(shape) + self.shift.view(shape)
+        if self.residual is not None:
+            y = y + self.residual
+        return ACTIVATIONS[activation](y)
+
+
+NOTHING = Finish()
+
+
+class FusedKernel(Protocol):
+    """A kernel that was built with an epilogue."""
+
+    def __call__(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish) -> Tensor:
+        """Return the finished output, contiguous; no argument is changed."""
+
+
+def _kernel(handle: int) -> FusedKernel:
+    return cast(FusedKernel, live.lookup(handle))
+
+
+@torch.library.custom_op("sift::conv2d_fused", mutates_args=())
+def conv2d_fused(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    residual: Tensor | None, activation: str, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, kernel_handle: int = 0,
+) -> Tensor:  # fmt: skip
+    """:func:`operators.conv2d`, finished; scale and shift [M], residual [N, M, H', W'] → [N, M, H', W'], contiguous."""
+    finish = Finish(scale, shift, residual)
+    if kernel_handle != live.REFERENCE:
+        return _kernel(kernel_handle)(x, values, index, bias, finish)
+    y = reference.conv2d(x, values, index, bias, shape, stride, padding, dilation, groups)
+    return finish.apply(y, activation, 1).contiguous()
+
+
+@conv2d_fused.register_fake
+def _(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    residual: Tensor | None, activation: str, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, kernel_handle: int = 0,
+) -> Tensor:  # fmt: skip
+    weight = values.new_empty(torch.Size(shape))
+    y = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
+    return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("sift::linear_fused", mutates_args=())
+def linear_fused(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    residual: Tensor | None, activation: str, shape: Sequence[int], kernel_handle: int = 0,
+) -> Tensor:  # fmt: skip
+    """:func:`operators.linear`, finished; scale and shift [out], residual [..., out] → [..., out], contiguous."""
+    finish = Finish(scale, shift, residual)
+    if kernel_handle != live.REFERENCE:
+        return _kernel(kernel_handle)(x, values, index, bias, finish)
+    return finish.apply(reference.linear(x, values, index, bias, shape), activation, -1).contiguous()
+
+
+@linear_fused.register_fake
+def _(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    residual: Tensor | None, activation: str, shape: Sequence[int], kernel_handle: int = 0,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+register_flop_formula(torch.ops.sift.conv2d_fused)(operators._conv2d_flops)
+register_flop_formula(torch.ops.sift.linear_fused)(operators._linear_flops)
