@@ -7,6 +7,8 @@ give more heads of the same width (more ``h``).
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -22,7 +24,7 @@ _PASSING_MODULES = (nn.LayerNorm, nn.Dropout)
 
 
 def head_splits(graph_module: GraphModule) -> frozenset[Node]:
-    """Every reshape on the way to an attention product that may split a width into heads."""
+    """The last reshape on every way to an attention product that splits a dimension."""
     found: set[Node] = set()
     seen: set[Node] = set()
     waiting = [operand for node in graph_module.graph.nodes for operand in _operands(graph_module, node)]
@@ -31,10 +33,20 @@ def head_splits(graph_module: GraphModule) -> frozenset[Node]:
         if node in seen or not _moves(graph_module, node):
             continue
         seen.add(node)
-        if node.target in _SPLITS:
-            found.add(node)
-        waiting += node.all_input_nodes
+        if node.target in _SPLITS and _splits(node):
+            found.add(node)  # farther ones split into query, key and value
+        else:
+            waiting += node.all_input_nodes
     return frozenset(found)
+
+
+def _splits(node: Node) -> bool:
+    """Whether a dimension of known size is gone after a reshape that does not merge."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    sizes, left = (Counter(size for size in shape if isinstance(size, int)) for shape in (before, after))
+    return len(after) >= len(before) and bool(sizes - left)
 
 
 def _operands(graph_module: GraphModule, node: Node) -> list[Node]:

@@ -179,9 +179,7 @@ def _table(context: WidthContext) -> WidthTable:
     for name, found in context.tensors.items():
         tensors[name] = context.resolved(found)
         used.update(key for width in tensors[name] for key, _ in width.terms)
-    literals = [
-        type(each)(each.node, each.argument, each.position, solver.resolve(each.width)) for each in context.literals
-    ]
+    literals = [dataclasses.replace(each, width=solver.resolve(each.width)) for each in context.literals]
     return WidthTable(
         sizes={key: solver.sizes[key] for key in sorted(used)},
         origins={key: solver.origins[key] for key in sorted(used)},

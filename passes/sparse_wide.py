@@ -201,8 +201,12 @@ class _Resizer:
         return own
 
     def _resized(self, name: str, owner: nn.Module, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """On the meta device where a module knows how to draw it, else with the mean and deviation of what it replaces."""
-        if _draws_itself(owner):
+        """On the meta device where a module knows how to draw it, else with the mean and deviation of what it replaces.
+
+        Embeddings are among the latter, with a head that is tied to them: every model has a scale of its own for them.
+        """
+        embedding = self._embedding(tensor)
+        if tensor.is_meta or (embedding is None and _draws_itself(owner)):
             new = torch.empty(shape, dtype=tensor.dtype, device="meta")
         else:
             data = tensor.detach()
@@ -214,11 +218,18 @@ class _Resizer:
             deviation = float(data.std(correction=0)) if data.is_floating_point() else 0.0
             new = torch.randn(shape, generator=self.generator) * deviation + float(data.double().mean())
             new = new.to(tensor)
+            if embedding is not None and embedding.padding_idx is not None:
+                new[embedding.padding_idx] = 0
         return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+    def _embedding(self, tensor: Tensor) -> nn.Embedding | None:
+        """The embedding that holds ``tensor``, if one does."""
+        owners = [self.graph_module.get_submodule(name.rpartition(".")[0]) for name in self.paths.get(id(tensor), ())]
+        return next((owner for owner in owners if isinstance(owner, nn.Embedding)), None)
 
 
 _DRAWING = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.LayerNorm, nn.modules.batchnorm._NormBase,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LayerNorm, nn.modules.batchnorm._NormBase,
 )  # fmt: skip
 
 

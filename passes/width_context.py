@@ -116,8 +116,10 @@ class WidthContext:
         """Widths of a parameter's or buffer's dimensions; the first call decides which of them are fixed."""
         if tensor is None:
             return ()
+        if id(tensor) not in self._paths:
+            return tuple(fixed(size) for size in tensor.shape)  # a constant of the graph
         if id(tensor) not in self._of_tensor:
-            names = self._paths.get(id(tensor), ["constant"])
+            names = self._paths[id(tensor)]
             self._of_tensor[id(tensor)] = tuple(
                 fixed(size) if position in fixed_dimensions else self.solver.fresh(size, f"{names[0]}[{position}]")
                 for position, size in enumerate(tensor.shape)

@@ -75,13 +75,23 @@ def _transpose(context: WidthContext, node: Node) -> Widths:
     call, widths = arguments(node), list(context.of(node.args[0]))
     if len(widths) < 2:
         return tuple(widths)
-    one, other = call.get("dim0", 0), call.get("dim1", 1)
+    one, other = (
+        call.get(name, call.get(name.replace("dim", "axis"), number)) for number, name in enumerate(("dim0", "dim1"))
+    )
     widths[one], widths[other] = widths[other], widths[one]
     return tuple(widths)
 
 
 register(_permute, "permute.default")
-register(_transpose, "transpose.int", "t.default", "numpy_T.default")
+
+
+def _matrix_transpose(context: WidthContext, node: Node) -> Widths:
+    widths = context.of(node.args[0])
+    return (*widths[:-2], widths[-1], widths[-2])
+
+
+register(_transpose, "transpose.int", "t.default", "numpy_T.default", "swapaxes.default", "swapdims.default")
+register(_matrix_transpose, "mT.default", "mH.default", "adjoint.default")
 
 
 def _expand(context: WidthContext, node: Node) -> Widths:
