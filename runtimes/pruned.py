@@ -50,7 +50,7 @@ class PrunedReport:
         """Sparsity at which sparse code would take as long as dense, if its time is proportional to kept weights; None if not measured."""
         if self.sparse_ms is None or self.dense_ms is None:
             return None
-        return min(1.0, max(0.0, 1 - (1 - self.sparsity) * self.dense_ms / self.sparse_ms))
+        return break_even(self.sparsity, self.sparse_ms, self.dense_ms)
 
     def __str__(self) -> str:
         times = (
@@ -60,6 +60,16 @@ class PrunedReport:
         return (
             f"{self.name}: {'sparse' if self.taken else 'dense'}, sparsity {self.sparsity:.3f} ({self.reason}{times})"
         )
+
+
+def break_even(sparsity: float, sparse: float, dense: float) -> float:
+    """Sparsity, in [0, 1], at which sparse code would take as long as dense, if its time is proportional to kept weights.
+
+    Args:
+        sparsity: at which ``sparse`` was measured.
+        sparse, dense: times, in the same unit.
+    """
+    return min(1.0, max(0.0, 1 - (1 - sparsity) * dense / sparse))
 
 
 def sparsity_of(weight: Tensor) -> float:

@@ -22,6 +22,7 @@ from sift_compiler.options import SIGMAS, TRANSFORMATIONS, Transformation, from_
 
 if TYPE_CHECKING:
     from sift_compiler.commands.inspection import Inspection
+    from sift_compiler.commands.timing import LayerTime
 
 # torch, TVM and the model are imported by the command that needs them: sift --help is instant, and sift doctor runs without them.
 
@@ -113,18 +114,33 @@ def rewrite(
 
 
 @app.command()
-def inspect(model: _Model, input_: _Input = None, as_json: _Json = False) -> None:
-    """Show the layers of MODEL, dense or sparse: sizes, sparsity, FLOPs."""
+def inspect(
+    model: _Model,
+    input_: _Input = None,
+    times: Annotated[bool, typer.Option("--times", help="Time the sparse layers on this machine.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads for --times; torch's own choice without it.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Show the layers of MODEL, dense or sparse: sizes, sparsity, FLOPs; with --times also tiles, times and break-even."""
     with _busy("Reading"):
         from sift_compiler.commands.inspection import inspect_model
         from sift_compiler.commands.model_source import find_model
 
         found = find_model(model)
-        inspection = inspect_model(found, _inputs(found, input_))
+        inputs = _inputs(found, input_)
+        inspection = inspect_model(found, inputs)
+        timed = _timed(found, inputs, threads) if times else ()
     if as_json:
-        typer.echo(json.dumps(inspection.to_plain(), indent=2))
-    else:
-        _show_inspection(inspection)
+        plain = inspection.to_plain()
+        typer.echo(json.dumps({**plain, "times": [each.to_plain() for each in timed]} if times else plain, indent=2))
+        return
+    _show_inspection(inspection)
+    if times:
+        typer.echo()
+        _show_table(
+            ("layer", "input", "tile", "µs", "of peak", "dense µs", "break-even", "why"),
+            [_time_row(each) for each in timed],
+        )
 
 
 @app.command()
@@ -323,6 +339,28 @@ def _inputs(model: object, given: Sequence[str] | None) -> tuple[Any, ...]:
     raise UserError(
         "The shapes of the model's inputs are not known. Give every one of them: --input 'f32[16,3,224,224]'."
     )
+
+
+def _timed(found: Any, inputs: tuple[Any, ...], threads: int | None) -> tuple[LayerTime, ...]:
+    import torch
+
+    from sift_compiler.commands.timing import time_layers
+
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: there must be at least 1.")
+    if not isinstance(found, torch.nn.Module):
+        raise UserError(
+            "--times measures sparse layers; an exported dense program has none. Make it sparse: sift rewrite MODEL."
+        )
+    return time_layers(found, inputs, threads or torch.get_num_threads())
+
+
+def _time_row(layer: LayerTime) -> tuple[str, ...]:
+    numbers = (
+        (layer.microseconds, ".0f"), (layer.of_peak, ".2f"), (layer.dense_microseconds, ".0f"), (layer.break_even, ".2f"),
+    )  # fmt: skip
+    shown = ("-" if value is None else format(value, form) for value, form in numbers)
+    return layer.path, "x".join(map(str, layer.input_shape)), layer.tile, *shown, layer.reason
 
 
 def _show_inspection(inspection: Inspection) -> None:
