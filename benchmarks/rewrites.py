@@ -19,20 +19,25 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 import sift_compiler as sift
 from sift_compiler.options import TRANSFORMATIONS
 from sift_compiler.report import Report
 
+Inputs = dict[str, Any]
+Build = Callable[[], tuple[nn.Module, Inputs]]
 
-def example_models() -> ModuleType:
-    """examples/models.py, loaded by its path."""
-    path = Path(__file__).resolve().parent.parent / "examples" / "models.py"
-    specification = importlib.util.spec_from_file_location("example_models", path)
+
+def example(name: str) -> ModuleType:
+    """A file of examples/, loaded by its path."""
+    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(f"example_{name}", path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -40,30 +45,16 @@ def example_models() -> ModuleType:
     return module
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A dense model and a batch for it.
+MODELS = example("models")
 
-    Attributes:
-        build: makes the model; its parameters are drawn with the seed set.
-        batch: makes the inputs.
-        classes: outputs per example.
-    """
-
-    build: Callable[[], nn.Module]
-    batch: Callable[[], Tensor]
-    classes: int
-
-
-MODELS = example_models()
-
-ARCHITECTURES = {
-    "mlp": Architecture(MODELS.mlp, lambda: torch.randn(32, 64), 10),
-    "small_cnn": Architecture(MODELS.small_cnn, lambda: torch.randn(16, 1, 8, 8), 10),
-    "resnet18_cifar": Architecture(MODELS.resnet18_cifar, lambda: torch.randn(4, 3, 32, 32), 100),
-    "resnet18": Architecture(MODELS.resnet18, lambda: torch.randn(2, 3, 64, 64), 1000),
+ARCHITECTURES: dict[str, Build] = {
+    "mlp": lambda: (MODELS.mlp(), {"input": torch.randn(32, 64)}),
+    "small_cnn": lambda: (MODELS.small_cnn(), {"x": torch.randn(16, 1, 8, 8)}),
+    "resnet18_cifar": lambda: (MODELS.resnet18_cifar(), {"x": torch.randn(4, 3, 32, 32)}),
+    "resnet18": lambda: (MODELS.resnet18(), {"x": torch.randn(2, 3, 64, 64)}),
+    **example("architectures").ARCHITECTURES,
 }
-"""What is rewritten, by name; one line each."""
+"""What is rewritten, by name: makes a dense model and its inputs. One line each; those of examples/architectures.py are small."""
 
 
 @dataclass(frozen=True)
@@ -92,40 +83,46 @@ class Result:
 def measure(name: str, member: str, sparsity: float, steps: int, rate: float) -> Result:
     """Rewrite and train one architecture."""
     torch.manual_seed(0)
-    architecture = ARCHITECTURES[name]
-    model, x = architecture.build(), architecture.batch()
+    model, inputs = ARCHITECTURES[name]()
     start = time.perf_counter()
     try:
-        sparse = sift.rewrite(model, x, TRANSFORMATIONS[member](sparsity=sparsity))
+        sparse = sift.rewrite(model, inputs, TRANSFORMATIONS[member](sparsity=sparsity))
     except sift.SiftError as error:
         return Result(name, member, sparsity, refused=str(error))
     rewritten = time.perf_counter()
-    made: Report = sift.report(model, sparse, x)
+    made: Report = sift.report(model, sparse, inputs)
     begin = time.perf_counter()
-    before, after = train(sparse, x, architecture.classes, steps, rate)
+    before, after = train(sparse, inputs, steps, rate)
     return Result(
         name, member, sparsity, "", made.ratio, made.sparsity, made.sparse_parameters, made.search_space,
         rewritten - start, time.perf_counter() - begin, before, after,
     )  # fmt: skip
 
 
-def train(model: nn.Module, x: Tensor, classes: int, steps: int, rate: float) -> tuple[float, float]:
+def train(model: nn.Module, inputs: Inputs, steps: int, rate: float) -> tuple[float, float]:
     """The loss on random labels of one batch, before and after ``steps`` of SGD with momentum."""
-    y = torch.randint(0, classes, (len(x),))
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+    labels: Tensor | None = None
     losses = []
     for _ in range(steps + 1):
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(x), y)
+        scores = logits(model(**inputs))
+        labels = torch.randint(0, scores.shape[-1], scores.shape[:-1]) if labels is None else labels
+        loss = functional.cross_entropy(scores.flatten(0, -2), labels.flatten())
         loss.backward()
         losses.append(float(loss.detach()))
         optimizer.step()
     return losses[0], losses[-1]
 
 
+def logits(output: object) -> Tensor:
+    """The first tensor of a model's output, classes last."""
+    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
 def line(result: Result) -> str:
     """One row of the table."""
-    head = f"{result.architecture:<16}{result.member:<12}{result.sparsity:<9}"
+    head = f"{result.architecture:<21}{result.member:<12}{result.sparsity:<9}"
     if result.refused:
         return f"{head}refused: {result.refused}"
     return (
@@ -148,7 +145,7 @@ def main() -> None:
     results = []
     if not chosen.json:
         sys.stdout.write(
-            f"{'architecture':<16}{'member':<12}{'sparsity':<9}{'FLOPs':<10}{'balanced':<10}{'parameters':>13}{'chosen from':>14}"
+            f"{'architecture':<21}{'member':<12}{'sparsity':<9}{'FLOPs':<10}{'balanced':<10}{'parameters':>13}{'chosen from':>14}"
             f"{'rewrite s':>10}{'train s':>9}   loss\n"
         )
     for name in chosen.architectures.split(","):
