@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 from sift_compiler.attachment import unwrapped
 from sift_compiler.errors import RuntimeBuildError, UserError, unknown_name
 from sift_compiler.ir.inputs import as_inputs, positional
+from sift_compiler.nn import SparseLayer
+from sift_compiler.nn.storage import compact
 from sift_compiler.passes.strip_hooks import StripHooks
 
 _EXPORTERS = {
@@ -83,6 +85,9 @@ def _frozen(module: nn.Module) -> nn.Module:
     if not on_cpu:
         frozen = frozen.cpu()
     frozen.eval()
+    if any(isinstance(each, SparseLayer) for each in frozen.modules()):
+        # Other runtimes know no slots that are empty or asleep.
+        compact(frozen)
     return StripHooks()(frozen).graph_module if isinstance(frozen, fx.GraphModule) else frozen
 
 
