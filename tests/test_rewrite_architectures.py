@@ -16,6 +16,7 @@ from sift_compiler.nn import SparseConv2d, SparseLayer, SparseLinear
 from sift_compiler.options import SparseWide
 from sift_compiler.passes.sparse_wide import widened_head
 from sift_compiler.rewrite import rewrite
+from sift_compiler.storage import load, save
 
 # How many layers become sparse at a sparsity of one half.
 COUNTS = {
@@ -136,6 +137,17 @@ def test_what_stays_dense_in_a_transformer(architectures):
     assert notes.decisions(sparse)["lm_head"].reason == "its weight is shared"
     deviation = float(sparse.transformer.wte.weight.detach().std())
     assert deviation == pytest.approx(0.02, rel=0.1), "embeddings keep the scale the model gave them"
+
+
+def test_a_sparse_transformer_is_compiled_saved_and_loaded(architectures, tmp_path):
+    model, inputs = architectures.gpt2()
+    sparse = rewrite(model, inputs, SparseWide(sparsity=0.5))
+    expected = sparse(**inputs)
+    compiled = torch.compile(sparse, backend="sift", options={"runtime": "eager", "rest": "eager"})
+    torch.testing.assert_close(compiled(**inputs).logits, expected.logits, rtol=1e-4, atol=1e-5)
+    save(sparse, tmp_path / "gpt2.pt2")
+    loaded = load(tmp_path / "gpt2.pt2")
+    assert torch.equal(loaded(inputs["input_ids"]).logits, expected.logits)
 
 
 def test_head_widths():
