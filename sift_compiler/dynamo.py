@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from sift_compiler.lowering.dense_layers import call_kernel, dense_layers
+from sift_compiler.lowering.fuse import Chain, find_chain, fuse, needs_gradients
 from sift_compiler.lowering.partition import SparseNode, assign_handle, partition
 from sift_compiler.nn import live, pruned
 from sift_compiler.options import CompileOptions, from_mapping
@@ -36,6 +37,8 @@ class Compilation:
     options: CompileOptions
     kernels: tuple[LiveKernel, ...] = ()
     """One live kernel per sparse layer call that the runtime took."""
+    fused: tuple[tuple[str, str], ...] = ()
+    """(layer, what follows it) of every layer call that also computes what follows it: "batch norm + add + relu"."""
     refused: tuple[tuple[str, str], ...] = ()
     """(layer, reason) of every sparse layer call that runs on the reference path."""
     rest: str = ""
@@ -75,11 +78,8 @@ def sift(
     threads = chosen.threads or torch.get_num_threads()
     nodes = partition(graph_module.graph, runtime.refuse)
     taken = [node for node in nodes if node.refusal is None]
-    kernels = [runtime.build(node.spec, node.name, threads) for node in taken]
-    compilation.kernels = tuple(kernels)
-    compilation.handles = tuple(live.register(kernel) for kernel in kernels)
-    for node, handle in zip(taken, compilation.handles, strict=True):
-        assign_handle(node, handle)
+    inference = not needs_gradients(graph_module.graph, example_inputs)
+    _take(taken, compilation, runtime, threads, inference)
     if chosen.prune_threshold is not None and not torch.is_grad_enabled():
         _take_pruned(graph_module.graph, example_inputs, compilation, runtime, threads, chosen.prune_threshold)
     graph_module.recompile()
@@ -98,6 +98,23 @@ def _owning(run: Compiled, compilation: Compilation) -> Compiled:
     # The registry of live kernels is weak: the compiled function is what keeps them.
     call.compilation = compilation  # type: ignore[attr-defined]
     return call
+
+
+def _take(
+    nodes: Sequence[SparseNode], compilation: Compilation, runtime: Runtime, threads: int, inference: bool
+) -> None:  # fmt: skip
+    """Hand sparse layers to kernels; for inference with what follows them."""
+    kernels, handles, fused = [], [], []
+    for node in nodes:
+        chain = find_chain(node) if inference else Chain()
+        kernels.append(runtime.build(node.spec, node.name, threads, chain.epilogue))
+        handles.append(live.register(kernels[-1]))
+        if chain.steps:
+            fuse(node, chain, handles[-1])
+            fused.append((node.name, str(chain.epilogue)))
+        else:
+            assign_handle(node, handles[-1])
+    compilation.kernels, compilation.handles, compilation.fused = tuple(kernels), tuple(handles), tuple(fused)
 
 
 def _take_pruned(

@@ -60,7 +60,7 @@ def partition(graph: fx.Graph, refuse: Refuse) -> tuple[SparseNode, ...]:
 def assign_handle(sparse: SparseNode, handle: int) -> None:
     """Make the node call the kernel behind ``handle`` (see nn.live)."""
     names = _ARGUMENTS[_operator(sparse.node) or ""][1]
-    values = _bound_arguments(sparse.node)
+    values = bound_arguments(sparse.node)
     values["kernel_handle"] = handle
     sparse.node.args = tuple(values[name] for name in names)
     sparse.node.kwargs = {}
@@ -79,7 +79,8 @@ def _operator(node: fx.Node) -> str | None:
     return name if name in _ARGUMENTS else None
 
 
-def _bound_arguments(node: fx.Node) -> dict[str, Any]:
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a sparse node by name."""
     names = _ARGUMENTS[_operator(node) or ""][1]
     bound: dict[str, Any] = {"probe": 0, "kernel_handle": 0}
     bound.update(zip(names, node.args, strict=False))
@@ -87,7 +88,8 @@ def _bound_arguments(node: fx.Node) -> dict[str, Any]:
     return bound
 
 
-def _fake(node: fx.Node) -> torch.Tensor:
+def fake(node: fx.Node) -> torch.Tensor:
+    """The fake tensor of a node."""
     value = node.meta.get("example_value", node.meta.get("val"))
     if not isinstance(value, torch.Tensor):
         raise AssertionError(f"node {node.name} carries no fake tensor")
@@ -96,8 +98,8 @@ def _fake(node: fx.Node) -> torch.Tensor:
 
 def _specification(node: fx.Node) -> tuple[LayerSpec, str]:
     kind = _ARGUMENTS[_operator(node) or ""][0]
-    bound = _bound_arguments(node)
-    x, values = _fake(bound["x"]), _fake(bound["values"])
+    bound = bound_arguments(node)
+    x, values = fake(bound["x"]), fake(bound["values"])
     geometry = {}
     if kind == "conv2d":
         geometry = {name: (int(bound[name][0]), int(bound[name][1])) for name in ("stride", "padding", "dilation")}
