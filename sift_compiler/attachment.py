@@ -6,6 +6,7 @@ reaches it through a forward pre-hook. Neither holds parameters or buffers, so a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,10 @@ class Attachment:
     layer: SparseLayer
     hook: MaskHook | None
 
-    def arm(self) -> None:
-        """Ask the next backward passes for the dense gradient."""
+    def arm(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Ask the next backward passes for the dense gradient, or the next one for what ``reduce`` makes of it."""
         if self.hook is not None:
-            self.hook.probe.arm()
+            self.hook.probe.arm(reduce)
 
     def disarm(self) -> None:
         """Ask for nothing more."""
@@ -45,7 +46,7 @@ class Attachment:
             self.hook.probe.disarm()
 
     def take(self) -> Tensor | None:
-        """The dense gradient since arming, of the dense weight's shape, or None if no backward pass came by. Disarms."""
+        """The dense gradient since arming, of the dense weight's shape or reduced, or None if no backward pass came by. Disarms."""
         return self.hook.probe.take() if self.hook is not None else None
 
 

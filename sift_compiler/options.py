@@ -285,6 +285,10 @@ class RigL(Dynamic):
 
     exclude_just_dropped: bool = False
     """Forbid that a weight dropped in an update is grown again in the same update; the reference implementation allows it and then keeps the weight's value and optimizer state."""
+    accumulates: bool = True
+    """Whether several backward passes may come before one optimizer step (gradient accumulation, a layer called twice). With False, of each
+    dense gradient only what growth can choose from is kept as soon as it is there, instead of the whole until the optimizer's step: the same
+    masks for less memory. A second backward pass is then refused; with several processes, or structured masks, nothing changes."""
     skip_step: Literal["keep", "replace"] = "keep"
     """``"keep"``: the optimizer steps, then the mask moves; ``"replace"``: on an update step the mask moves instead (the reference implementation)."""
 

@@ -170,7 +170,19 @@ class MaskScheduler:
         """Arm the probes if the step to come needs dense gradients: its backward passes run before the optimizer's step."""
         wanted = self._wants_dense_gradient()
         for one in self._layers:
-            one.arm() if wanted else one.disarm()
+            one.arm(self._reducer(one)) if wanted else one.disarm()
+
+    def _reducer(self, one: Attachment) -> Callable[[Tensor], Tensor] | None:
+        """What a layer's probe makes of its dense gradient at once, if the method may see one backward pass only."""
+        if getattr(self.method, "accumulates", True) or gradients.distributed():
+            return None
+
+        @torch.no_grad()
+        def reduce(gradient: Tensor) -> Tensor:
+            less = self._rule.reduced(self._view(one), gradient)
+            return gradient if less is None else less
+
+        return reduce
 
     def _wants_dense_gradient(self) -> bool:
         return self._rule.watches(self.step_count) or (self._rule.needs_dense_gradient and self._due())
@@ -212,7 +224,7 @@ class MaskScheduler:
         return LayerView(
             name=one.name, shape=layer.weight_shape, structure=layer.structure, index=layer.index,
             slot_values=layer.values.detach(), slot_gradient=own if own is None or scale == 1 else own / scale,
-            fetch=None if gradient is None else lambda: gradients.averaged(gradient),
+            fetch=None if gradient is None else lambda: gradients.averaged(gradient.to_dense()),
             memory=self._memory[one.name], step=self.step_count,
             seed=criteria.stream(self.method.seed, one.name, self.step_count),
         )  # fmt: skip

@@ -412,3 +412,40 @@ def test_conditions_of_layers():
     assert gradients.condition([torch.ones(2), nan]) == "not finite"
     assert gradients.condition([torch.ones(2)]) == "usable"
     assert gradients.agreed(["usable"], torch.device("cpu")) == ["usable"]
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+def test_reduced_gradients_move_masks_as_whole_ones_do_and_take_less(exclude, ties):
+    def run(accumulates):
+        model = network(dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        method = RigL(delta_t=1, end_step=6, drop_fraction=0.5, exclude_just_dropped=exclude, accumulates=accumulates)
+        masks = schedule(model, optimizer, method)
+        held = []
+        for step in range(6):
+            x, y = batch(step, dtype=torch.float64)
+            optimizer.zero_grad()
+            # With ties most dense gradients are 0, of dropped, active and free entries alike.
+            loss = nn.functional.cross_entropy(model(x.clamp(max=0) * (x > 1) if ties else x), y)
+            loss.backward()
+            found = [one.hook.probe._gradient for one in masks._layers]
+            held.append(sum(len(each._values()) if each.is_sparse else each.numel() for each in found))
+            optimizer.step()
+        assert len(masks.updates) == 6
+        return model, held
+
+    (whole, all_held), (reduced, less_held) = run(True), run(False)
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), reduced.state_dict().values(), strict=True)
+    )
+    assert all(less < most for less, most in zip(less_held, all_held, strict=True))
+
+
+def test_a_second_backward_pass_is_refused_where_none_was_promised():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule(model, optimizer, RigL(delta_t=1, end_step=2, accumulates=False))
+    model(batch(0)[0]).sum().backward()
+    with pytest.raises(UserError, match=r"second backward pass.*accumulates=False"):
+        model(batch(1)[0]).sum().backward()

@@ -18,13 +18,14 @@ def condition(tensors: Sequence[Tensor | None]) -> Condition:
     """Whether a layer's tensors can be ranked: "missing" if one is None, "not finite" if one holds NaN or infinity."""
     if any(tensor is None for tensor in tensors):
         return "missing"
-    finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
+    numbers = [tensor._values() if tensor.is_sparse else tensor for tensor in tensors if tensor is not None]
+    finite = all(bool(torch.isfinite(each).all()) for each in numbers)
     return "usable" if finite else "not finite"
 
 
 def agreed(conditions: Sequence[Condition], device: torch.device) -> list[Condition]:
     """The worst condition of each layer over all ranks; every rank gets the same, so that none waits for another in vain."""
-    if not _distributed() or not conditions:
+    if not distributed() or not conditions:
         return list(conditions)
     worst = torch.tensor([_CONDITIONS.index(one) for one in conditions], device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
@@ -36,12 +37,13 @@ def averaged(gradient: Tensor) -> Tensor:
 
     The mean comes before |.|: averaging magnitudes would grow weights on which the ranks disagree.
     """
-    if not _distributed():
+    if not distributed():
         return gradient
     total = gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
 
 
-def _distributed() -> bool:
+def distributed() -> bool:
+    """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -116,6 +116,13 @@ class Rule:
     def begin(self, layer: LayerView) -> None:
         """Once, before the first step: check the layer, fill its memory."""
 
+    def reduced(self, layer: LayerView, gradient: Tensor) -> Tensor | None:
+        """A sparse tensor [numel] that serves :meth:`choose` as well as the dense ``gradient``; None where the whole is needed.
+
+        Asked for inside the backward pass, once per update, if the method's ``accumulates`` is False.
+        """
+        return None
+
     def watches(self, step: int) -> bool:
         """Whether :meth:`watch` wants the dense gradient of this step, be masks due or not."""
         return False

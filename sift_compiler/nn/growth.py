@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 
 from torch import Tensor
+
+from sift_compiler.errors import UserError
 
 NO_PROBE = 0
 """The handle that stands for "no probe"."""
@@ -29,6 +32,7 @@ class GrowthProbe:
         """Whether a mask scheduler listens; two on one probe would take each other's gradients."""
         self._armed = False
         self._gradient: Tensor | None = None
+        self._reduce: Callable[[Tensor], Tensor] | None = None
         _probes[self.handle] = self
 
     @property
@@ -36,26 +40,38 @@ class GrowthProbe:
         """Whether backward passes leave their dense gradient here."""
         return self._armed
 
-    def arm(self) -> None:
-        """Ask for the dense gradient of the backward passes to come; what was there is dropped."""
-        self._armed, self._gradient = True, None
+    def arm(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Ask for the dense gradient of the backward passes to come; what was there is dropped.
+
+        Args:
+            reduce: makes a sparse tensor of the dense gradient as soon as it comes, so that layers do not hold theirs all at once; only
+                one backward pass may come then.
+        """
+        self._armed, self._gradient, self._reduce = True, None, reduce
 
     def disarm(self) -> None:
         """Ask for nothing more and drop what was left."""
-        self._armed, self._gradient = False, None
+        self._armed, self._gradient, self._reduce = False, None, None
 
     def add(self, gradient: Tensor) -> None:
         """Leave the dense gradient of one backward pass; those of several (gradient accumulation, a layer called twice) add up.
 
         A sum that is not finite is given up: a gradient scaler skips the optimizer step that overflowed, and what comes next is a new sum.
         """
-        if self._gradient is None or not bool(self._gradient.isfinite().all()):
-            self._gradient = gradient
+        known = self._gradient
+        if known is not None and known.is_sparse:
+            raise UserError(
+                "A second backward pass reached a sparse layer before the optimizer's step, although its mask method was told that none "
+                "would (accumulates=False): what the first left does not add up. Use accumulates=True, the default."
+            )
+        if known is None or not bool(known.isfinite().all()):
+            finite = self._reduce is not None and bool(gradient.isfinite().all())
+            self._gradient = self._reduce(gradient) if finite and self._reduce is not None else gradient
         else:
-            self._gradient = self._gradient + gradient
+            self._gradient = known + gradient
 
     def take(self) -> Tensor | None:
-        """The sum of what was left since arming, of the dense weight's shape; None if no backward pass reached the layer. Disarms."""
+        """The sum of what was left since arming, of the dense weight's shape or what :meth:`arm` was to reduce it to; None if no backward pass reached the layer. Disarms."""
         gradient = self._gradient
         self.disarm()
         return gradient
