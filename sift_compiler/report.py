@@ -229,7 +229,7 @@ def _layers(dense: nn.Module, sparse: nn.Module, before: FlopCount, after: FlopC
         if not isinstance(layer, _WEIGHTED):
             continue
         if isinstance(layer, SparseLayer):
-            shape, kept = layer.weight_shape, layer.values.numel()
+            shape, kept = layer.weight_shape, layer.pattern.nnz
         else:
             shape, kept = tuple(layer.weight.shape), layer.weight.numel()
         decision = decisions.get(path)

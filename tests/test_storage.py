@@ -9,7 +9,12 @@ from torch import nn
 from sift_compiler.capture import capture
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError
 from sift_compiler.ir import annotations
+from sift_compiler.ir.mask_structure import NM
+from sift_compiler.masking.mest import MEST
+from sift_compiler.masking.snfs import SNFS
+from sift_compiler.masking.straight_through import SRSTE
 from sift_compiler.nn import MaskHook, SparseConv2d, SparseLinear
+from sift_compiler.nn.storage import dense_storage
 from sift_compiler.options import SET, RigL, SparseWide, Static
 from sift_compiler.rewrite import rewrite
 from sift_compiler.schedule import schedule
@@ -19,6 +24,8 @@ METHODS = {
     "static": Static(),
     "set": SET(delta_t=2, end_step=20, drop_fraction=0.4, seed=3),
     "rigl": RigL(delta_t=2, end_step=20, drop_fraction=0.4, seed=3),
+    "snfs": SNFS(delta_t=2, end_step=20, drop_fraction=0.4),  # remembers a tensor for every layer
+    "elastic": MEST(delta_t=2, end_step=20, stages=((0, 0.5, 0.9), (5, 0.4, 0.6))),  # leaves slots empty
 }
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
@@ -77,7 +84,7 @@ def assert_same_runs(first, second):
     names, names_2 = (dict(each.named_parameters()) for each in (model, model_2))
     for name, parameter in names.items():
         assert same(dict(optimizer.state[parameter]), dict(optimizer_2.state[names_2[name]])), name
-    assert without_times(masks.state_dict()) == without_times(masks_2.state_dict())
+    assert same(without_times(masks.state_dict()), without_times(masks_2.state_dict()))
 
 
 def fresh_run(method, optimizer):
@@ -382,3 +389,37 @@ def test_a_rewritten_model_keeps_what_was_decided_and_what_is_frozen(tmp_path):
     assert annotations.balance(loaded) == annotations.balance(model)
     assert not loaded.get_submodule("1").values.requires_grad
     assert loaded.get_submodule("2").values.requires_grad
+
+
+def test_dense_storage_and_its_structure_are_saved_and_training_goes_on(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        layers = (
+            SparseLinear(8, 8, sparsity=0.5, structure=NM(2, 4)),
+            nn.ReLU(),
+            SparseLinear(8, 4, sparsity=0.5, structure=NM(2, 4)),
+        )
+        model = dense_storage(capture(nn.Sequential(*layers), torch.zeros(2, 8)))
+        return model, *scheduled(model)
+
+    def scheduled(model):
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        return optimizer, schedule(model, optimizer, SRSTE())
+
+    def steps(model, optimizer, numbers):
+        for number in numbers:
+            optimizer.zero_grad()
+            model(torch.randn(4, 8, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+            optimizer.step()
+
+    whole, stopped = fresh(), fresh()
+    steps(*whole[:2], range(5))
+    steps(*stopped[:2], range(3))
+    save(stopped[0], tmp_path / "run.pt2", masks=stopped[2], optimizer=stopped[1])
+    checkpoint = load_checkpoint(tmp_path / "run.pt2")
+    assert checkpoint.method == SRSTE()
+    assert checkpoint.module.get_submodule("0").structure == NM(2, 4)
+    optimizer, masks = scheduled(checkpoint.module)
+    checkpoint.restore(optimizer=optimizer, masks=masks)
+    steps(checkpoint.module, optimizer, range(3, 5))
+    assert_same_runs(whole, (checkpoint.module, optimizer, masks))

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sift_compiler.ir.inputs import Inputs, called
 from sift_compiler.ir.shadow import device_of, fake_inputs, shadowed
+from sift_compiler.ir.structure import SparseWeight
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -60,13 +61,24 @@ def count_flops(module: nn.Module, inputs: Inputs) -> FlopCount:
         for path, by_operator in counter.get_flop_counts().items()
         if path != "Global"
     }
-    total = counter.get_total_flops()
-    within[""] = total
+    within[""] = counter.get_total_flops()
     own = dict(within)
     for path, flops in within.items():
         if path:
             own[_parent(path, within)] -= flops
-    return FlopCount(int(total), {path: int(flops) for path, flops in own.items() if flops})
+    own.update(_in_masks(module, own))
+    return FlopCount(int(sum(own.values())), {path: int(flops) for path, flops in own.items() if flops})
+
+
+def _in_masks(module: nn.Module, own: Mapping[str, int]) -> dict[str, int]:
+    """FLOPs of sparse layers with slots outside their mask; operators, which see lengths only, count those too."""
+    found = {}
+    for path, layer in module.named_modules():
+        if path in own and isinstance(layer, SparseWeight) and not layer.index.is_meta:
+            pattern = layer.pattern
+            if pattern.nnz < pattern.slots:
+                found[path] = own[path] * pattern.nnz // pattern.slots
+    return found
 
 
 def _parent(path: str, known: Mapping[str, int]) -> str:

@@ -60,7 +60,7 @@ def _module(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, SparseWeight):
         size = "x".join(str(each) for each in module.weight_shape)
-        return f"{kind} {size}, {module.values.numel()} kept, sparsity {module.pattern.sparsity:.4f}"
+        return f"{kind} {size}, {module.pattern.nnz} kept, sparsity {module.pattern.sparsity:.4f}"
     weight = module._parameters.get("weight")
     return f"{kind} {'x'.join(str(each) for each in weight.shape)}" if weight is not None else kind
 
