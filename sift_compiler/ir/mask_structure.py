@@ -323,22 +323,38 @@ def best_units(scores: Tensor, allowed: Tensor, rooms: Tensor, count: int, ties:
     Returns:
         bool [groups, units].
     """
-    groups, units = scores.shape
-    flat = scores.reshape(-1).masked_fill(~allowed.reshape(-1), -torch.inf)
-    order = torch.arange(flat.numel(), device=flat.device)
-    if ties is not None:
-        order = ties.reshape(-1).argsort(descending=True, stable=True)
-    order = order[flat[order].argsort(descending=True, stable=True)]
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=order.device)
-    rank = rank.view(groups, units)
     fits = allowed
     if bool((rooms < allowed.sum(1)).any()):
-        place = rank.argsort(dim=1).argsort(dim=1)
-        fits = allowed & (place < rooms[:, None])
-    chosen = torch.zeros(groups * units, dtype=torch.bool, device=scores.device)
-    chosen[order[fits.reshape(-1)[order]][:count]] = True
-    return chosen.view(groups, units)
+        fits = _best_in_groups(scores.masked_fill(~allowed, -torch.inf), rooms, ties) & allowed
+    candidates = fits.reshape(-1).nonzero().squeeze(1)
+    if count < candidates.numel():
+        order = None if ties is None else ties.reshape(-1)[candidates][None]
+        found = scores.reshape(-1)[candidates][None]
+        rooms = torch.full((1,), count, device=scores.device)
+        candidates = candidates[_best_in_groups(found, rooms, order)[0]]
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen[candidates] = True
+    return chosen.view(scores.shape)
+
+
+def _best_in_groups(scores: Tensor, rooms: Tensor, ties: Tensor | None) -> Tensor:
+    """The ``rooms`` largest of every group, bool [groups, units]; all of a group with more room than units."""
+    units = scores.shape[1]
+    most = min(units, int(rooms.max())) if rooms.numel() else 0
+    if most <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # topk's values are defined, its indices among equals are not; sorting all of a group would take many times longer.
+    largest = scores.topk(most, dim=1).values
+    threshold = largest.gather(1, (rooms.clamp(1, most) - 1)[:, None])
+    above, tied = scores > threshold, scores == threshold
+    left = rooms - above.sum(1)
+    crowded = (tied.sum(1) > left).nonzero().squeeze(1)
+    if crowded.numel():
+        order = torch.zeros_like(tied[crowded], dtype=torch.long) if ties is None else ties[crowded]
+        order = torch.where(tied[crowded], order, torch.iinfo(torch.long).min)
+        place = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        tied[crowded] &= place < left[crowded, None]
+    return (above | tied) & (rooms > 0)[:, None]
 
 
 def scattered(chosen: Tensor, layout: Tensor, shape: Shape) -> Tensor:

@@ -13,6 +13,7 @@ from sift_compiler.ir.mask_structure import (
     ConstantFanIn,
     TransposableNM,
     Unstructured,
+    best_units,
     structure_from_plain,
 )
 from sift_compiler.ir.pattern import EMPTY, Pattern, asleep, entry_of
@@ -162,3 +163,21 @@ def test_an_unsound_index_is_refused():
         with pytest.raises(UserError, match=message):
             Pattern(shape, torch.tensor(index, dtype=torch.int32)).check()
     Pattern(shape, torch.tensor([0, -1, -1, -3], dtype=torch.int32)).check()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**31))
+def test_the_best_units_are_those_a_greedy_loop_takes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    groups, units = (int(size) for size in torch.randint(1, 6, (2,), generator=generator))
+    scores = torch.randint(-2, 3, (groups, units), generator=generator).double()
+    allowed = torch.rand(groups, units, generator=generator) > 0.3
+    rooms = torch.randint(0, units + 2, (groups,), generator=generator)
+    ties = torch.randperm(groups * units, generator=generator).view(groups, units)
+    count = int(torch.randint(0, groups * units + 1, (1,), generator=generator))
+    expected, used = torch.zeros_like(allowed), [0] * groups
+    for group, unit in sorted(allowed.nonzero().tolist(), key=lambda at: (-float(scores[*at]), -int(ties[*at]))):
+        if int(expected.sum()) < count and used[group] < int(rooms[group]):
+            expected[group, unit] = True
+            used[group] += 1
+    assert torch.equal(best_units(scores, allowed, rooms, count, ties), expected)
