@@ -105,24 +105,20 @@ def runtime(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("batch", [1, 15, 16, 17, 35])
+@pytest.mark.parametrize("batch", [1, 15, 16, 17])
 def test_any_batch(runtime: str, batch: int) -> None:
     make(runtime, (13, 10, 3, 3), padding=(1, 1)).check(batch, 10, 9, 11)
 
 
-@pytest.mark.parametrize("batch", [2, 17])
-@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2)])
-@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (3, 0)])
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 2)])
-def test_any_geometry(
-    runtime: str, batch: int, stride: tuple[int, int], padding: tuple[int, int], kernel: tuple[int, int]
-) -> None:
-    # Paddings reach beyond the kernel: the transposed pattern's padding is then negative.
-    make(runtime, (7, 5, *kernel), stride=stride, padding=padding).check(batch, 5, 8, 9)
+@pytest.mark.parametrize("stride", [(1, 1), (3, 2)])
+@pytest.mark.parametrize(("kernel", "padding"), [((1, 1), (0, 0)), ((3, 3), (1, 1)), ((5, 2), (3, 3))])
+def test_any_geometry(runtime: str, stride: tuple[int, int], padding: tuple[int, int], kernel: tuple[int, int]) -> None:
+    # Paddings reach beyond the kernel: the transposed pattern's padding is then negative. 17 images: lanes over images and over space.
+    make(runtime, (7, 5, *kernel), stride=stride, padding=padding).check(17, 5, 8, 9)
 
 
-@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (2, 3)])
-@pytest.mark.parametrize("dilation", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("dilation", [(2, 2)])
 def test_dilation(runtime: str, stride: tuple[int, int], dilation: tuple[int, int]) -> None:
     make(runtime, (7, 5, 3, 3), stride=stride, padding=(2, 2), dilation=dilation).check(17, 5, 9, 9)
 
@@ -133,33 +129,30 @@ def test_groups(runtime: str, batch: int, stride: tuple[int, int]) -> None:
     make(runtime, (12, 3, 3, 3), padding=(1, 1), groups=4, stride=stride).check(batch, 12, 6, 7)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 13), (7, 3), (20, 1)])
-@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("size", [(1, 1), (7, 3)])
+@pytest.mark.parametrize("batch", [17])
 def test_odd_sizes(runtime: str, batch: int, size: tuple[int, int]) -> None:
     make(runtime, (5, 6, 3, 3), padding=(1, 1)).check(batch, 6, *size)
 
 
-@pytest.mark.parametrize("shape", [(1,), (15,), (16,), (17,), (300,), (2, 3, 11), ()])
+@pytest.mark.parametrize("shape", [(1,), (17,), (300,), (2, 3, 11)])
 def test_linear(runtime: str, shape: tuple[int, ...]) -> None:
     make(runtime, (19, 23)).check(*shape, 23)
 
 
-@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_any_sparsity(runtime: str, sparsity: float) -> None:
-    make(runtime, (50, 70), sparsity).check(130, 70)
-    make(runtime, (26, 40, 3, 3), sparsity).check(17, 40, 7, 7)
+    make(runtime, (26, 40, 3, 3), sparsity).check(16, 40, 7, 7)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [2])
 def test_any_number_of_threads(runtime: str, threads: int) -> None:
-    for batch in (1, 35):
-        make(runtime, (13, 10, 3, 3), padding=(1, 1), stride=(2, 2), threads=threads).check(batch, 10, 9, 11)
-    make(runtime, (13, 10), threads=threads).check(70, 10)
+    make(runtime, (7, 5, 3, 3), padding=(1, 1), threads=threads).check(17, 5, 8, 9)
 
 
 def test_a_moved_mask_is_followed(runtime: str) -> None:
     one = make(runtime, (13, 10, 3, 3), padding=(1, 1), stride=(2, 1))
-    inputs = [(n, 10, *size) for n in (3, 17) for size in ((9, 11), (8, 11))]
+    inputs = [(n, 10, *size) for n in (3, 17) for size in ((9, 11),)]
     for shape in inputs:
         one.check(*shape)
     counted = one.kernel.specialisations.backward
@@ -199,6 +192,13 @@ def test_nothing_kept(runtime: str) -> None:
 def test_an_empty_batch(runtime: str) -> None:
     make(runtime, (7, 5, 3, 3)).check(0, 5, 8, 8)
     make(runtime, (7, 5)).check(0, 5)
+
+
+def test_the_gradient_of_many_values_comes_from_the_dense_one() -> None:
+    from sift_compiler.runtimes.tvm.values_gradient import dense_reason
+
+    assert dense_reason(LayerSpec(kind="linear", weight_shape=(10, 10), nnz=60)) is None
+    assert "61 of 100" in str(dense_reason(LayerSpec(kind="linear", weight_shape=(10, 10), nnz=61)))
 
 
 @pytest.mark.parametrize("shape", [(19, 7, 9, 9), (19, 7)])
