@@ -9,6 +9,7 @@ from sift_compiler.demo.latency import interleaved
 from sift_compiler.demo.masked import masked_training_memory, masked_twin, refresh
 from sift_compiler.demo.memory import training_memory
 from sift_compiler.errors import UnsupportedError
+from sift_compiler.ir.mask_structure import Unstructured
 
 
 def network() -> nn.Sequential:
@@ -75,7 +76,7 @@ def test_twin_of_an_unknown_layer_is_refused():
         pass
 
     with pytest.raises(UnsupportedError, match="Other"):
-        masked_twin(nn.Sequential(Other(sift_nn.SparseLinear(4, 4).pattern, False, None, None)))
+        masked_twin(nn.Sequential(Other(sift_nn.SparseLinear(4, 4).pattern, False, None, None, Unstructured())))
 
 
 def test_networks_are_timed_in_turn():
