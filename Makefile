@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/sift doctor
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
