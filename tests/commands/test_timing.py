@@ -34,7 +34,8 @@ def test_every_sparse_layer_is_timed_on_its_own_input():
         assert each.microseconds > 0
         assert each.dense_microseconds > 0
         assert 0 < each.of_peak < 1.2, "FLOPs of the kept weights cannot beat the peak but by noise"
-        assert each.break_even == break_even(each.sparsity, each.microseconds, each.dense_microseconds)
+        expected = break_even(each.sparsity, each.microseconds, each.dense_microseconds)
+        assert each.break_even == pytest.approx(expected, rel=1e-9), "the same times, in other units"
         assert "lanes" in each.tile
         assert "sparsity" in each.reason
     assert made.training
