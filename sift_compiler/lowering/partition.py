@@ -38,11 +38,6 @@ class SparseNode:
     refusal: str | None
     """Why the runtime does not take it; None if it does."""
 
-    @property
-    def handle_position(self) -> int:
-        """Position of ``kernel_handle`` among the operator's arguments."""
-        return len(_ARGUMENTS[_operator(self.node) or ""][1]) - 1
-
 
 def partition(graph: fx.Graph, refuse: Refuse) -> tuple[SparseNode, ...]:
     """Every sparse node of ``graph`` in order, each with the answer of ``refuse``.

@@ -7,7 +7,9 @@ This module knows no runtime: runtimes register here, the operators look up here
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -38,6 +40,8 @@ class GradientKernel(Kernel, Protocol):
         """dL/dvalues [slots] from dL/dy; slots that are asleep get theirs, empty ones 0."""
 
 
+log = logging.getLogger(__name__)
+
 _handles = itertools.count(1)
 _kernels: weakref.WeakValueDictionary[int, Kernel] = weakref.WeakValueDictionary()
 
@@ -64,7 +68,17 @@ def gradients(handle: int) -> GradientKernel | None:
     """The kernel behind ``handle`` if it computes gradients; None stands for the reference.
 
     A backward pass may outlive the compiled function whose forward pass it belongs to, and with it the kernel. Nothing is lost but
-    time: the gradients then come from the reference, which needs no more than the layer's tensors.
+    time: the gradients then come from the reference, which needs no more than the layer's tensors. It is said once.
     """
     kernel = _kernels.get(handle)
+    if kernel is None and handle != REFERENCE:
+        _say_released()
     return kernel if isinstance(kernel, GradientKernel) else None
+
+
+@functools.cache
+def _say_released() -> None:
+    log.warning(
+        "A backward pass ran after its compiled function was released: gradients come from the dense reference. "
+        "Keep what torch.compile returned until backward() is done."
+    )
