@@ -20,6 +20,7 @@ from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.tvm import kernels
 from sift_compiler.runtimes.tvm.build import compiled
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
+from sift_compiler.runtimes.tvm.packed_mask import PackedMask, nothing
 from sift_compiler.runtimes.tvm.sparse_kernel import sparse_tile
 from sift_compiler.runtimes.tvm.workspace import scratch
 
@@ -37,26 +38,6 @@ class _Tables:
 
     positions: tuple[Tensor, ...]
     runs: tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class _Mask:
-    """The program of the present mask, as tensors."""
-
-    stream: Tensor
-    block_column: Tensor
-    block_value: Tensor
-    order: Tensor
-
-    @classmethod
-    def of(cls, program: Program) -> _Mask:
-        arrays = (program.stream, program.block_column, program.block_value, program.order)
-        # TVM refuses the null pointer of an empty tensor.
-        return cls(*(torch.from_numpy(a) if a.size else _none() for a in arrays))
-
-
-def _none() -> Tensor:
-    return torch.zeros(1, dtype=torch.int32)
 
 
 def _targets(layout: Packing, spec: LayerSpec) -> tuple[Tensor, Tensor]:
@@ -111,7 +92,7 @@ class Part:
         epilogue: Epilogue = PLAIN,
     ) -> None:
         self.spec, self.choice, self.threads, self._cpu, self._epilogue = spec, choice, threads, cpu, epilogue
-        self._mask: _Mask | None = None
+        self._mask: PackedMask | None = None
         self._one = torch.ones(1)  # stands where the kernel reads nothing
         self._pack_kernel: Callable[..., Any]
         tile = choice.tile
@@ -122,19 +103,19 @@ class Part:
         self._kernel, self._gather = self._compile()
         self._items = self._items_at_once()
         if spec.kind == "linear":
-            self._tables = _Tables((), (_none(),) * 4)
+            self._tables = _Tables((), (nothing(),) * 4)
         elif tile.lanes == "space":
             runs = _stretches(self._layout, tile.width * tile.vector, spec.out_channels)
             self._tables = _Tables((torch.from_numpy(self._layout.sources(spec)),), runs)
         else:
-            self._tables = _Tables(_targets(self._layout, spec), (_none(),) * 4)
+            self._tables = _Tables(_targets(self._layout, spec), (nothing(),) * 4)
 
     # --- the mask -------------------------------------------------------------------------------------------------
 
     def repack(self, index: np.ndarray[Any, np.dtype[np.int32]]) -> Program:
         """Follow the mask ``index``: int32 [nnz]."""
         program = self._packer.pack(torch.from_numpy(index))
-        self._mask = _Mask.of(program)
+        self._mask = PackedMask.of(program)
         return program
 
     def _mask_packer(self) -> MaskPacker:
@@ -224,7 +205,7 @@ class Part:
         self._pack_kernel(
             x.view(-1),
             targets,
-            zeros if count else _none(),
+            zeros if count else nothing(),
             packed,
             self._workers(pieces),
             groups,

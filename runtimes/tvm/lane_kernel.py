@@ -1,0 +1,106 @@
+"""The sparse kernel between sparse layers: input and output lie as [group of images, channel, row, column, lane].
+
+It multiplies as sparse_kernel does. But images already lie side by side in vectors, so nothing is packed, padded or transposed: windows
+are copied straight from the layer before, zeros where they reach past the border, and finished tiles are stored as they are.
+"""
+
+# The annotations of a TIR function are values, evaluated in the enclosing function.
+# ruff: noqa: N803, N806
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from sift_compiler.lowering.epilogue import Epilogue
+from sift_compiler.runtimes.tvm.epilogue import finished
+from sift_compiler.runtimes.tvm.products import products
+
+
+# fmt: off
+def lane_tile(
+    *, lanes: int, rows: int, height: int, width: int, pitch: int, parallel: bool, epilogue: Epilogue, name: str
+) -> Any:
+    """The TIR function of one class of layers; see :func:`sparse_kernel.sparse_tile` for its constants.
+
+    The function's arguments, in order: input X [groups of images, C, H, W, lanes]; the program's stream, and where each block begins in
+    it and in the values; packed values; bias, scale and shift [M] and residual, laid out as the output (read if the epilogue says so);
+    first row and first column of each phase [2 · phases]; output Y [groups of images, M, H', W', lanes]; workspaces: windows and partial
+    sums; then integers. A row of tiles (``tiles_across`` of them) is the unit of parallel work.
+    """
+    L, R, NV = lanes, rows, height * width
+    loop = T.parallel if parallel else T.serial
+    add_products = products(lanes=lanes, rows=rows, height=height, width=width, pitch=pitch)
+
+    @T.prim_func
+    def kernel(
+        x: T.handle, stream: T.handle, block_column: T.handle, block_value: T.handle, values: T.handle, bias: T.handle,
+        scale: T.handle, shift: T.handle, residual: T.handle, phase: T.handle,
+        y: T.handle, window: T.handle, sums: T.handle,
+        workers: T.int32, strips: T.int32, strips_in_group: T.int32, tiles_across: T.int32, last_y: T.int32, last_x: T.int32,
+        C: T.int32, H: T.int32, W: T.int32, stride_y: T.int32, stride_x: T.int32, pad_y: T.int32, pad_x: T.int32,
+        phases: T.int32, window_rows: T.int32, window_columns: T.int32, blocks: T.int32, block_channels: T.int32,
+        groups: T.int32, M: T.int32, out_height: T.int32, out_width: T.int32,
+    ):
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        n7, n8, n9, n10, n11, n12 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        X = T.match_buffer(x, (n0,), "float32", align=64)
+        F = T.match_buffer(stream, (n1,), "int32", align=4, offset_factor=1)
+        BC = T.match_buffer(block_column, (n2,), "int32", align=4, offset_factor=1)
+        BV = T.match_buffer(block_value, (n3,), "int32", align=4, offset_factor=1)
+        V = T.match_buffer(values, (n4,), "float32", align=4, offset_factor=1)
+        B = T.match_buffer(bias, (n5,), "float32", align=4, offset_factor=1)
+        SC = T.match_buffer(scale, (n6,), "float32", align=4, offset_factor=1)
+        SH = T.match_buffer(shift, (n7,), "float32", align=4, offset_factor=1)
+        E = T.match_buffer(residual, (n8,), "float32", align=4, offset_factor=1)
+        P = T.match_buffer(phase, (n9,), "int32", align=4, offset_factor=1)
+        Y = T.match_buffer(y, (n10,), "float32", align=64)
+        N = T.match_buffer(window, (n11,), "float32", align=64)
+        S = T.match_buffer(sums, (n12,), "float32", align=64)
+        for worker in loop(workers):
+            for turn in range(((worker + 1) * strips // workers - worker * strips // workers) * tiles_across):
+                line: T.let[T.int32] = worker * strips // workers + turn // tiles_across
+                image: T.let[T.int32] = line // strips_in_group
+                top: T.let[T.int32] = T.min(line % strips_in_group * height, last_y)
+                left: T.let[T.int32] = T.min(turn % tiles_across * width, last_x)
+                w0: T.let[T.int32] = worker * (block_channels * phases * window_rows * window_columns * L)
+                s0: T.let[T.int32] = worker * (groups * R * NV * L)
+                for b in range(blocks):
+                    for c, f, j in T.grid(T.min(block_channels, C - b * block_channels), phases, window_rows):
+                        down: T.let[T.int32] = (top + j) * stride_y + P[f] - pad_y
+                        source: T.let[T.int32] = ((image * C + b * block_channels + c) * H + down) * W
+                        target: T.let[T.int32] = w0 + ((c * phases + f) * window_rows + j) * window_columns * L
+                        for i in range(window_columns):
+                            across: T.let[T.int32] = (left + i) * stride_x + P[phases + f] - pad_x
+                            if down >= 0 and down < H and across >= 0 and across < W:
+                                N[T.ramp(target + i * L, 1, L)] = X[T.ramp((source + across) * L, 1, L)]
+                            else:
+                                N[T.ramp(target + i * L, 1, L)] = T.broadcast(T.float32(0), L)
+                    k = T.alloc_buffer((1,), "int32", scope="local")
+                    v = T.alloc_buffer((1,), "int32", scope="local")
+                    k[0] = BC[b]
+                    v[0] = BV[b]
+                    for g in range(groups):
+                        acc = T.alloc_buffer((R * NV * L,), "float32", scope="local")
+                        if b == 0:
+                            for r in T.unroll(R):
+                                for u in T.unroll(NV):
+                                    acc[T.ramp((r * NV + u) * L, 1, L)] = T.broadcast(B[T.min(g * R + r, M - 1)], L)
+                        else:
+                            for u in T.unroll(R * NV):
+                                acc[T.ramp(u * L, 1, L)] = S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)]
+                        add_products(acc, F, V, N, k, v, w0)
+                        for u in T.unroll(R * NV):
+                            S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)] = acc[T.ramp(u * L, 1, L)]
+                        if b == blocks - 1:
+                            for r, j, i in T.grid(T.min(R, M - g * R), height, width):
+                                place: T.let[T.int32] = (((image * M + g * R + r) * out_height + top + j) * out_width + left + i) * L
+                                Y[T.ramp(place, 1, L)] = finished(
+                                    epilogue, S[T.ramp(s0 + ((g * R + r) * NV + j * width + i) * L, 1, L)], L,
+                                    T.broadcast(SC[g * R + r], L), T.broadcast(SH[g * R + r], L), E[T.ramp(place, 1, L)],
+                                )
+
+    return kernel
+# fmt: on

@@ -1,0 +1,105 @@
+"""LanePart: a convolution between sparse layers for one input shape, its images side by side in vectors before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.epilogue import PLAIN, Epilogue
+from sift_compiler.lowering.packing import packing
+from sift_compiler.lowering.plan import Choice
+from sift_compiler.lowering.program import Program
+from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.nn.fused import NOTHING, Finish
+from sift_compiler.runtimes.tvm import kernels
+from sift_compiler.runtimes.tvm.build import compiled
+from sift_compiler.runtimes.tvm.lane_kernel import lane_tile
+from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
+from sift_compiler.runtimes.tvm.packed_mask import PackedMask
+from sift_compiler.runtimes.tvm.workspace import scratch
+
+_ALIGNMENT = 64
+
+
+class LanePart:
+    """One tile choice, ready to run on ``choice.count`` images, a multiple of the tile's lanes.
+
+    Args:
+        spec: a convolution.
+        choice: the tile, with lanes over the batch, and how many images there are.
+        size: height and width of the input.
+        cpu: the processor.
+        threads: workers; with 1 no thread pool is touched.
+        epilogue: what is done to finished sums.
+    """
+
+    def __init__(
+        self, spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int, epilogue: Epilogue = PLAIN
+    ) -> None:  # fmt: skip
+        tile = choice.tile
+        self.spec, self.choice, self.threads = spec, choice, threads
+        self._size, self._output = size, spec.output_size(*size)
+        layout = packing(spec, choice.count, size, tile)
+        self._layout = layout
+        self._phase = torch.tensor(layout.phases, dtype=torch.int32).t().contiguous().view(-1)
+        self._groups, self._blocks = -(-spec.out_channels // tile.rows), -(-spec.in_channels // tile.channels)
+        self._packer = MaskPacker(spec, tile.rows, tile.channels, layout.offsets, layout.channel, cpu.name)
+        self._mask: PackedMask | None = None
+        self._one = torch.ones(1)  # stands where the kernel reads nothing
+        parallel = threads > 1
+        self._gather = compiled(kernels.gather, cpu.name, parallel=parallel)
+        self._kernel = compiled(
+            lane_tile, cpu.name, lanes=tile.vector, rows=tile.rows, height=tile.height, width=tile.width,
+            pitch=layout.window if tile.height > 1 else 0, parallel=parallel, epilogue=epilogue,
+        )  # fmt: skip
+
+    def repack(self, index: np.ndarray[Any, np.dtype[np.int32]]) -> Program:
+        """Follow the mask ``index``: int32 [nnz]."""
+        program = self._packer.pack(torch.from_numpy(index))
+        self._mask = PackedMask.of(program)
+        return program
+
+    def run(self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish = NOTHING) -> None:
+        """Compute ``y`` [groups, M, H', W', lanes] from ``x`` [groups, C, H, W, lanes], both contiguous float32.
+
+        ``finish`` holds contiguous float32 tensors, the residual one like ``y``.
+        """
+        mask = self._mask
+        assert mask is not None, "a part is packed before it runs"
+        packed_values = scratch("values", self.spec.nnz)
+        self._gather(values, mask.order, packed_values, self._workers(self.spec.nnz // 65536), self.spec.nnz)
+        tensors = (finish.scale, finish.shift, finish.residual)
+        strips = x.shape[0] * self._layout.tiles[0]
+        self._kernel(
+            _aligned(x), mask.stream, mask.block_column, mask.block_value, packed_values, bias,
+            *(self._one if t is None else t.view(-1) for t in tensors), self._phase, y.view(-1), *self._workspaces(),
+            self._workers(strips), strips, *self._geometry(),
+        )  # fmt: skip
+
+    def _workers(self, pieces: int) -> int:
+        return max(1, min(self.threads, pieces))
+
+    def _workspaces(self) -> tuple[Tensor, Tensor]:
+        """Windows and partial sums, one of each per worker."""
+        tile = self.choice.tile
+        sums = self._groups * tile.accumulators * tile.vector
+        return scratch("window", self.threads * tile.channels * self._layout.channel), scratch("sums", self.threads * sums)
+
+    def _geometry(self) -> tuple[int, ...]:
+        """The kernel's integers after ``strips``."""
+        spec, tile, layout = self.spec, self.choice.tile, self._layout
+        return (
+            *layout.tiles, self._output[0] - tile.height, self._output[1] - tile.width,
+            spec.in_channels, *self._size, *spec.stride, *spec.padding,
+            len(layout.phases), layout.window_rows, layout.window // tile.vector, self._blocks, tile.channels,
+            self._groups, spec.out_channels, *self._output,
+        )  # fmt: skip
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` as a vector that begins on a cache line, as vectors in the kernel do."""
+    return (x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()).view(-1)
