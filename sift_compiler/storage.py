@@ -34,6 +34,7 @@ from sift_compiler.ir import annotations as decided
 from sift_compiler.ir.inputs import Inputs, arguments_of, as_inputs
 from sift_compiler.ir.mask_structure import structure_from_plain
 from sift_compiler.ir.modes import training_mode
+from sift_compiler.ir.replaced_nodes import mark_replaced_nodes
 from sift_compiler.nn import MaskHook, SparseLayer
 from sift_compiler.schedule import MaskScheduler
 
@@ -199,6 +200,7 @@ def _annotate(module: fx.GraphModule, saved: Mapping[str, Any]) -> None:
     if decisions:
         decided.set_decisions(module, decisions)
     module.meta[decided.REPLACEMENTS] = dict(saved.get("replacements", {}))
+    mark_replaced_nodes(module)
     if saved["balance"] is not None:
         module.meta[decided.BALANCE] = decided.Balance(**saved["balance"])
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sift_compiler.ir.innermost_module import InnermostModule
 from sift_compiler.ir.inputs import Inputs, called
 from sift_compiler.ir.shadow import device_of, fake_inputs, shadowed
 from sift_compiler.ir.structure import SparseWeight
@@ -33,7 +34,8 @@ class FlopCount:
 
     Attributes:
         total: of the whole module.
-        modules: of every submodule by path, less those of its own submodules; ``""`` is the module itself.
+        modules: of every submodule by path, less those of its own submodules; ``""`` is the module itself. A module with several
+            paths has its FLOPs under the first.
     """
 
     total: int
@@ -54,18 +56,12 @@ def count_flops(module: nn.Module, inputs: Inputs) -> FlopCount:
     mode = FakeTensorMode()
     arguments = fake_inputs(inputs, mode)
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    counter.mod_tracker = InnermostModule(module)  # type: ignore[assignment]
     with shadowed(module, mode, device_of(inputs)), counter:
         called(module, arguments)
-    within = {
-        path.partition(".")[2]: sum(by_operator.values())
-        for path, by_operator in counter.get_flop_counts().items()
-        if path != "Global"
+    own = {
+        path: sum(by_operator.values()) for path, by_operator in counter.get_flop_counts().items() if path != "Global"
     }
-    within[""] = counter.get_total_flops()
-    own = dict(within)
-    for path, flops in within.items():
-        if path:
-            own[_parent(path, within)] -= flops
     own.update(_in_masks(module, own))
     return FlopCount(int(sum(own.values())), {path: int(flops) for path, flops in own.items() if flops})
 
@@ -79,11 +75,3 @@ def _in_masks(module: nn.Module, own: Mapping[str, int]) -> dict[str, int]:
             if pattern.nnz < pattern.slots:
                 found[path] = own[path] * pattern.nnz // pattern.slots
     return found
-
-
-def _parent(path: str, known: Mapping[str, int]) -> str:
-    while path:
-        path = path.rpartition(".")[0]
-        if path in known:
-            return path
-    return ""

@@ -15,24 +15,22 @@ def printed(graph_module: GraphModule) -> str:
     """The graph, line by line: ``%name: [shape] = what(%arguments)  # why``.
 
     Sparse layers show their dense weight shape and how much of it they keep; a free batch shows as its symbol. What stands in the
-    place of one layer is indented under that layer's path.
+    place of one layer is indented under a line with that layer's path.
     """
     lines: list[str] = []
-    named: set[str] = set()
+    before = ""
     for node in graph_module.graph.nodes:
         origin = _origin(node)
-        if origin and origin not in named:
-            named.add(origin)
+        if origin and origin != before:
             lines.append(f"{origin}:  # {notes.replacements(graph_module).get(origin, '')}")
         lines.append(f"{'    ' if origin else ''}{_line(graph_module, node)}")
+        before = origin
     return "\n".join(lines)
 
 
 def _origin(node: Node) -> str:
-    """The layer in whose place the node stands; a graph read from a file remembers it of layers only."""
-    decision = node.meta.get(notes.DECISIONS)
-    of_layer = decision.origin if isinstance(decision, notes.LayerDecision) else ""
-    return str(node.meta.get(notes.REPLACEMENTS, of_layer))
+    """The layer in whose place the node stands, or nothing."""
+    return str(node.meta.get(notes.REPLACEMENTS, ""))
 
 
 def _line(graph_module: GraphModule, node: Node) -> str:

@@ -19,26 +19,46 @@ from sift_compiler.ir.modes import training_mode
 
 
 @contextlib.contextmanager
-def shadowed(module: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
-    """In the block ``module`` is in eval mode and all its tensors are fake, on ``device``; afterwards it is as it was."""
-    with mode:
-        state = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        }
+def shadowed(
+    module: nn.Module, mode: FakeTensorMode, device: torch.device, *, training: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """In the block all tensors of ``module`` are fake, on ``device``; afterwards it is as it was.
+
+    Without ``training`` it is in eval mode and records no gradients; with it, it is in train mode and records them for what trains.
+    The block gets the fake parameters and buffers by name.
+    """
+    state = _fake_state(module, mode, device, training)
     # A fused encoder layer, which torch may choose in eval mode, is opaque to the FLOP counter.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
-            training_mode(module, False),
-            _reparametrize_module(module, state, tie_weights=True),
+            training_mode(module, training),
+            _reparametrize_module(module, state),
             mode,
-            torch.no_grad(),
+            torch.set_grad_enabled(training),
         ):
-            yield
+            yield state
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _fake_state(module: nn.Module, mode: FakeTensorMode, device: torch.device, training: bool) -> dict[str, Tensor]:
+    """A fake tensor for every parameter and buffer of every module; those that are tied share one, a shared module is named once."""
+    fakes: dict[int, Tensor] = {}
+    state = {}
+    for path, each in module.named_modules():
+        for name, tensor in [*each._parameters.items(), *each._buffers.items()]:
+            if tensor is None:
+                continue
+            if id(tensor) not in fakes:
+                gradient = training and tensor.requires_grad
+                with mode:
+                    fakes[id(tensor)] = torch.empty(
+                        tensor.shape, dtype=tensor.dtype, device=device, requires_grad=gradient
+                    )
+            state[f"{path}.{name}" if path else name] = fakes[id(tensor)]
+    return state
 
 
 def fake_inputs(inputs: Any, mode: FakeTensorMode) -> Any:

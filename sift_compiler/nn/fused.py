@@ -132,5 +132,6 @@ def _(
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-register_flop_formula(torch.ops.sift.conv2d_fused)(operators._conv2d_flops)
-register_flop_formula(torch.ops.sift.linear_fused)(operators._linear_flops)
+# Those of operators.py take shapes out of tensors themselves, as registered formulas do; raw, they are not made to do it twice.
+register_flop_formula(torch.ops.sift.conv2d_fused, get_raw=True)(operators._conv2d_flops)
+register_flop_formula(torch.ops.sift.linear_fused, get_raw=True)(operators._linear_flops)
