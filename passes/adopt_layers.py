@@ -166,6 +166,17 @@ def _call(graph_module: GraphModule, node: Node, path: str, product: _Product) -
             graph_module.graph.erase_node(each)
 
 
+def given_as(graph_module: GraphModule, name: str) -> tuple[str, bool]:
+    """The name that a parameter had in the model given, and whether it was transposed there."""
+    path, _, attribute_name = name.rpartition(".")
+    adopted = graph_module.meta.get(_ADOPTED, {}).get(path)
+    if adopted is None:
+        return name, False
+    if attribute_name == "bias":
+        return adopted.bias, False
+    return adopted.weight, adopted.operator is not aten.linear.default
+
+
 class ReturnLayers(Pass):
     """Make adopted layers that stayed dense bare parameters again, at their names and in their shapes."""
 

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from sift_compiler.errors import PassError, UnsupportedError, UserError
 from sift_compiler.ir import annotations as notes
+from sift_compiler.ir.scheme import Scheme, read_scheme
 from sift_compiler.ir.width import Literal, WidthTable
 from sift_compiler.passes.base import Pass, PassResult
 from sift_compiler.passes.conditions import LAYERS_DECIDED, SHAPES_KNOWN, WIDTHS_KNOWN
@@ -215,12 +216,18 @@ class _Resizer:
                     f"The buffer {name.lstrip('.')} of shape {tuple(tensor.shape)} would have to grow to {shape}, and its values are "
                     f"not all the same, so they cannot be made up. Pin its module: pin=({name.rpartition('.')[0] or name!r},)."
                 )
-            deviation = float(data.std(correction=0)) if data.is_floating_point() else 0.0
-            new = torch.randn(shape, generator=self.generator) * deviation + float(data.double().mean())
+            scheme = self._scheme(tensor) or read_scheme(data, fans=False)
+            new = torch.randn(shape, generator=self.generator) * scheme.deviation + scheme.mean
             new = new.to(tensor)
             if embedding is not None and embedding.padding_idx is not None:
                 new[embedding.padding_idx] = 0
         return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+    def _scheme(self, tensor: Tensor) -> Scheme | None:
+        """The scheme that was read of ``tensor``; of a tied one, that of the embedding."""
+        known = notes.schemes(self.graph_module)
+        found = [known[name] for name in self.paths.get(id(tensor), ()) if name in known]
+        return next((scheme for scheme in found if scheme.fan is None), None)
 
     def _embedding(self, tensor: Tensor) -> nn.Embedding | None:
         """The embedding that holds ``tensor``, if one does."""

@@ -49,8 +49,9 @@ class Transformation:
     seed: int = 0
     """Seed of the random masks and of the new weights."""
     init: Initialisation = "paper"
-    """``"paper"``: Kaiming normal fan-out for convolutions and zero for the last norm of a residual block; ``"sparse_aware"``: the same, but sparse
-    layers count kept connections only (Evci et al. 2022); ``"default"``: each module's own."""
+    """``"paper"``: Kaiming normal fan-out for convolutions, zero for the last norm of a residual block, and for linear layers (in a network with
+    attention, for all) the scheme by which the model given draws its own; ``"sparse_aware"``: the same, but sparse layers count kept
+    connections only (Evci et al. 2022); ``"default"``: each module's ``reset_parameters``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from sift_compiler.ir.flops import FlopCount
@@ -31,6 +32,7 @@ from sift_compiler.passes.infer_widths import InferWidths
 from sift_compiler.passes.initialise import Initialise
 from sift_compiler.passes.low_rank import LowRank as LowerRanks
 from sift_compiler.passes.manager import Outcome, run_passes
+from sift_compiler.passes.read_schemes import ReadSchemes
 from sift_compiler.passes.select_layers import SelectLayers
 from sift_compiler.passes.sparse_doped import SparseDoped as DopeLayers
 from sift_compiler.passes.sparse_factorized import SparseFactorized as FactorizeLayers
@@ -46,7 +48,9 @@ def preparing() -> tuple[Step, ...]:
     return (AdoptLayers(),)
 
 
-def rewriting(rules: Rules, dense: FlopCount, inputs: Inputs, device: torch.device) -> tuple[Step, ...]:
+def rewriting(
+    rules: Rules, dense: FlopCount, inputs: Inputs, device: torch.device, fresh: Mapping[str, Tensor] | None = None
+) -> tuple[Step, ...]:
     """Dense to iso-FLOP sparse, masks and values included.
 
     Args:
@@ -54,9 +58,11 @@ def rewriting(rules: Rules, dense: FlopCount, inputs: Inputs, device: torch.devi
         dense: FLOPs of the dense graph, prepared.
         inputs: the example that was counted.
         device: where new parameters go.
+        fresh: tensors of the same model as they are before training, by name, if they are known and it is trained.
     """
     any_one = next(each for each in rules.values() if each is not None)
     return (
+        ReadSchemes(fresh),
         *planning(rules, dense, inputs),
         AttachMasks(any_one.seed, device),
         Initialise(any_one.init, any_one.seed, device),

@@ -21,6 +21,7 @@ from sift_compiler.ir.verify import verify
 from sift_compiler.nn import SparseLayer
 from sift_compiler.options import LowRank, SparseWide, Transformation
 from sift_compiler.passes.assign_rules import Rules
+from sift_compiler.passes.read_schemes import is_trained
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def rewrite(
 
     Returns:
         A trainable GraphModule with the module paths of ``model``; its layers are ``SparseConv2d`` and ``SparseLinear`` where they
-        were made sparse. A layer that became several is a container of them at its path (``conv1.branch0``, ``conv1.u``). Parameters that kept their shape keep their values, all others are drawn anew. The first dimension of the
+        were made sparse. A layer that became several is a container of them at its path (``conv1.branch0``, ``conv1.u``). Parameters that kept their shape keep their values, all others are drawn anew
+        by ``init``; the scheme of a model of one's own is read from its weights, so give it untrained. The first dimension of the
         inputs stays free.
 
     Raises:
@@ -55,7 +57,8 @@ def rewrite(
     graph_module = _dense(model, inputs)
     device = next((parameter.device for parameter in graph_module.parameters()), torch.device("cpu"))
     dense = _counted(graph_module, inputs)
-    result = pipeline.run(graph_module, pipeline.rewriting(rules, dense, inputs, device)).graph_module
+    steps = pipeline.rewriting(rules, dense, inputs, device, _as_made(model, graph_module))
+    result = pipeline.run(graph_module, steps).graph_module
     verify(result)
     return result
 
@@ -108,6 +111,26 @@ def _dense(model: object, inputs: Inputs) -> fx.GraphModule:
     if any(isinstance(module, SparseLayer) for module in graph_module.modules()):
         raise UserError("The model is sparse already; rewrite the dense model it came from.")
     return pipeline.run(graph_module, pipeline.preparing()).graph_module
+
+
+def _as_made(model: object, graph_module: fx.GraphModule) -> Mapping[str, Tensor] | None:
+    """The tensors a trained model had before training, or such as its author's initialiser makes; None where nobody can tell.
+
+    Hugging Face's models are made from their configuration alone, with their own initialiser.
+    """
+    if not is_trained(graph_module):
+        return None
+    configuration: Any = getattr(model, "config", None)
+    if isinstance(model, nn.Module) and configuration is not None and hasattr(model, "_init_weights"):
+        logger.info("The model is trained: a new one is made from its configuration, for the scheme of new weights")
+        with torch.random.fork_rng(devices=[]):
+            twin: nn.Module = type(model)(copy.deepcopy(configuration))
+        return {name: tensor.detach() for name, tensor in twin.named_parameters(remove_duplicate=False)}
+    logger.warning(
+        "The model is trained, so the scheme of its first weights cannot be read: new linear layers have torch's default. For the "
+        "model's own, give it as its constructor made it."
+    )
+    return None
 
 
 def _counted(graph_module: fx.GraphModule, inputs: Inputs) -> FlopCount:

@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from sift_compiler.ir.mask_structure import UNSTRUCTURED, Structure
+from sift_compiler.ir.scheme import Scheme
 from sift_compiler.ir.width import WidthTable
 
 DECISIONS = "sift_decisions"
@@ -19,6 +20,8 @@ REPLACEMENTS = "sift_replacements"
 """``graph_module.meta``: what stands in place of a layer, as a clause, by the layer's path. ``node.meta`` of its nodes: that path."""
 BALANCE = "sift_balance"
 """``graph_module.meta``: the Balance."""
+SCHEMES = "sift_schemes"
+"""``graph_module.meta``: by what Scheme the model given draws a parameter, by the parameter's name, until new values are drawn."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,9 @@ def balance(graph_module: GraphModule) -> Balance | None:
     """The FLOP balance, or None before it is struck."""
     struck: Any = graph_module.meta.get(BALANCE)
     return struck if isinstance(struck, Balance) else None
+
+
+def schemes(graph_module: GraphModule) -> Mapping[str, Scheme]:
+    """By what scheme the model given draws its parameters, by name; empty where that was not read."""
+    found: Mapping[str, Scheme] = graph_module.meta.get(SCHEMES, {})
+    return found
