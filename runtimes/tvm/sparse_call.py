@@ -1,6 +1,6 @@
 """One sparse layer inside a Relax function: the same kernels as in a torch process, with the mask and the values as constants.
 
-A :class:`Part` knows how to call its kernels; here its calls are recorded instead of run, and replayed as ``call_tir`` of kernels
+A part knows how to call its kernels; here its calls are recorded instead of run, and replayed as ``call_tir`` of kernels
 whose integer arguments have been made constants. So nothing about tiles, windows or programs is written twice.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.specification import LayerSpec
-from sift_compiler.runtimes.tvm.part import Code, Part
+from sift_compiler.runtimes.tvm.part import Code
+from sift_compiler.runtimes.tvm.prepare import LayerPart, prepare
 from sift_compiler.runtimes.tvm.workspace import exact_scratch
 
 
@@ -69,7 +70,7 @@ def emit_sparse_layer(builder: Any, x: Any, input_shape: tuple[int, ...], layer:
     x = builder.emit(relax.op.reshape(x, (items, *inner)))
     pieces, done = [], 0
     for choice in choose(spec, (items, *inner), cpu):
-        part = Part(spec, choice, size, cpu, threads=1)
+        part = prepare(spec, choice, size, cpu, threads=1)
         order = part.repack(layer.index.numpy()).order
         piece = builder.emit(_slice(x, choice.first, choice.count, (items, *inner)))
         packed = layer.values[torch.from_numpy(order).long()]
@@ -100,7 +101,7 @@ def _slice(x: Any, first: int, count: int, shape: tuple[int, ...]) -> Any:
 
 
 def _emit_part(
-    builder: Any, x: Any, inner: tuple[int, ...], outer: tuple[int, ...], part: Part, values: Tensor, bias: Tensor
+    builder: Any, x: Any, inner: tuple[int, ...], outer: tuple[int, ...], part: LayerPart, values: Tensor, bias: Tensor
 ) -> Any:
     from tvm import relax
 
@@ -112,7 +113,7 @@ def _emit_part(
     return builder.emit(relax.op.reshape(known[target.data_ptr()], tuple(target.shape)))
 
 
-def _recorded(part: Part, x: Tensor, bias: Tensor, y: Tensor) -> list[_Call]:
+def _recorded(part: LayerPart, x: Tensor, bias: Tensor, y: Tensor) -> list[_Call]:
     """The kernel calls of one run of ``part``, in order, without running them."""
     calls: list[_Call] = []
     packing_code, kernel_code = part.code()
@@ -125,7 +126,7 @@ def _recorded(part: Part, x: Tensor, bias: Tensor, y: Tensor) -> list[_Call]:
     return calls
 
 
-def _emit_call(builder: Any, call: _Call, known: dict[int, Any], values: Tensor, part: Part) -> None:
+def _emit_call(builder: Any, call: _Call, known: dict[int, Any], values: Tensor, part: LayerPart) -> None:
     """Replay one call. ``known`` maps the memory of tensors to Relax expressions; what a kernel writes is added to it."""
     from tvm import relax, tirx
 

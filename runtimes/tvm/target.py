@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sift_compiler.lowering.cpu import CpuFacts
 
@@ -58,6 +58,12 @@ def cpu_facts(name: str) -> CpuFacts:
         lanes, registers = 4, 16 if x86 else 32
     caches = _cache_bytes(1, 32 * 1024), _cache_bytes(2, 1024 * 1024)
     return CpuFacts(name=name, lanes=lanes, registers=registers, l1_bytes=caches[0], l2_bytes=caches[1])
+
+
+def gather_instruction(name: str) -> Literal["avx512", "avx2", "loads"]:
+    """How vectors of ``cpu_facts(name).lanes`` float32 are gathered from memory: by an instruction, or lane by lane."""
+    lanes = cpu_facts(name).lanes
+    return "avx512" if lanes == 16 else "avx2" if lanes == 8 else "loads"
 
 
 @functools.cache

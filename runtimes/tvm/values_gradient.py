@@ -97,7 +97,7 @@ class ValuesGradient:
     def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[_Stretch, ...]:
         size = (shape[2], shape[3]) if self._spec.kind == "conv2d" else (1, 1)
         begin, stretches, done = time.perf_counter(), [], 0
-        for choice in choose(self._spec, shape, self._cpu):
+        for choice in choose(self._spec, shape, self._cpu, whole_vectors=True):
             part = SampledPart(self._spec, choice.tile, choice.count, size, self._cpu, self._threads)
             self._counters.builds += 1
             part.repack(_entries(index))

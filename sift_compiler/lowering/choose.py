@@ -6,6 +6,7 @@ share every load of x; above, few columns are shared, loads and cache are the li
 
 from __future__ import annotations
 
+from sift_compiler.lowering.choose_rows import choose_rows
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.plan import Choice
 from sift_compiler.lowering.specification import LayerSpec
@@ -155,13 +156,16 @@ def _choose_tokens(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> tuple[Choice,
     return (Choice(tile=best, first=0, count=max(tokens, lanes), reason=reason),)
 
 
-def choose(spec: LayerSpec, input_shape: tuple[int, ...], cpu: CpuFacts) -> tuple[Choice, ...]:
+def choose(
+    spec: LayerSpec, input_shape: tuple[int, ...], cpu: CpuFacts, *, whole_vectors: bool = False
+) -> tuple[Choice, ...]:
     """Tiles for one layer.
 
     Args:
         spec: the layer.
         input_shape: ``(N, C, H, W)``, or ``(tokens, in)`` for a linear layer.
         cpu: the processor.
+        whole_vectors: leave out what serves few tokens only: lanes are whole vectors of images, positions or tokens.
 
     Returns:
         The parts of the batch and their tiles; empty for an empty batch. Where ``count`` reaches past the batch, the lanes that are
@@ -170,5 +174,6 @@ def choose(spec: LayerSpec, input_shape: tuple[int, ...], cpu: CpuFacts) -> tupl
     if input_shape[0] == 0:
         return ()
     if spec.kind == "linear":
-        return _choose_tokens(spec, input_shape[0], cpu)
+        rows = None if whole_vectors else choose_rows(spec, input_shape[0], cpu)
+        return _choose_tokens(spec, input_shape[0], cpu) if rows is None else (rows,)
     return _choose_images(spec, input_shape, cpu)

@@ -7,8 +7,9 @@ from typing import Literal
 
 from sift_compiler.errors import UserError
 
-Lanes = Literal["batch", "space"]
-"""What lies side by side in a vector: the same position of several images (tokens), or neighbouring positions."""
+Lanes = Literal["batch", "space", "weights", "tokens"]
+"""What lies side by side in a vector: the same position of several images (tokens), or neighbouring positions. For few tokens, which run by
+row programs (lowering.row_program): the kept weights of one output row with one token, the tokens with some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Tile:
     height: int = 1
     """Output rows of a tile; 1 with lanes over space and for linear layers."""
     width: int
-    """Output columns of a tile with lanes over the batch; vectors of neighbouring positions (or tokens) otherwise."""
+    """Output columns of a tile with lanes over the batch; vectors of neighbouring positions (or tokens) otherwise, 1 with lanes over weights."""
     channels: int
     """Input channels of a block; the tile of the input and the kept weights' partial sums should share the first-level cache."""
 
