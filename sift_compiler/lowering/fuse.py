@@ -1,7 +1,6 @@
 """Fuse what follows a sparse layer into it, in graphs that are traced for inference.
 
-    act(batch_norm(layer(x)) + r)  →  layer_fused(x, scale, shift, r, act)
-    scale = γ / √(var + ε), shift = β - mean · scale        (all [M], computed in the graph at every call)
+    act(batch_norm(layer(x)) + r)  →  layer_fused(x, mean, var, γ, β, ε, r, act)
 
 Each part may be missing; the order is that above. A step is taken only if its result is the only use of what goes in, keeps shape and
 float32, and batch norm is in evaluation mode. The fused call stands where the last step stood; nothing between it and the layer may
@@ -23,10 +22,18 @@ from sift_compiler.lowering.epilogue import Epilogue
 from sift_compiler.lowering.partition import SparseNode, bound_arguments, fake
 from sift_compiler.nn import fused as fused  # registers the operators
 
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_aten = torch.ops.aten
+# Graphs of torch.export, and what a rewrite makes of them, hold operators of ATen where models hold functions.
+_ADDITIONS_IN_PLACE = (operator.iadd, "add_", _aten.add_.Tensor)
+_ADDITIONS = (operator.add, torch.add, "add", _aten.add.Tensor, *_ADDITIONS_IN_PLACE)
+_CLAMPS = (F.hardtanh, _aten.hardtanh.default, _aten.hardtanh_.default)
+_GELUS = (F.gelu, _aten.gelu.default, _aten.gelu_.default)
 _ACTIVATIONS: Mapping[Any, str] = {
-    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu", F.relu6: "relu6",
-    F.silu: "silu", F.hardswish: "hard_swish",
+    F.relu: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
+    _aten.relu.default: "relu", _aten.relu_.default: "relu",
+    F.relu6: "relu6", _aten.relu6.default: "relu6", _aten.relu6_.default: "relu6",
+    F.silu: "silu", _aten.silu.default: "silu", _aten.silu_.default: "silu",
+    F.hardswish: "hard_swish", _aten.hardswish.default: "hard_swish", _aten.hardswish_.default: "hard_swish",
 }  # fmt: skip
 _NORM = ("input", "mean", "variance", "weight", "bias", "training", "momentum", "eps")
 _MODES = ("_set_grad_enabled", "set_grad_enabled", "_enter_autocast", "_exit_autocast")
@@ -79,14 +86,14 @@ def fuse(sparse: SparseNode, chain: Chain, handle: int) -> None:
     """Replace the layer and ``chain`` by one call of the kernel behind ``handle``."""
     bound, graph, last = bound_arguments(sparse.node), sparse.node.graph, chain.steps[-1]
     with graph.inserting_before(last):
-        scale, shift = (None, None) if chain.norm is None else _scale_and_shift(graph, chain.norm)
+        norm = [None if chain.norm is None else chain.norm[name] for name in ("mean", "variance", "weight", "bias")]
         tensors = [bound[name] for name in ("x", "values", "index", "bias")]
         geometry = ("shape", "stride", "padding", "dilation", "groups") if sparse.spec.kind == "conv2d" else ("shape",)
         target = torch.ops.sift.conv2d_fused if sparse.spec.kind == "conv2d" else torch.ops.sift.linear_fused
         arguments = (
             *tensors,
-            scale,
-            shift,
+            *norm,
+            0.0 if chain.norm is None else chain.norm["eps"],
             chain.residual,
             chain.activation,
             *(bound[name] for name in geometry),
@@ -97,16 +104,6 @@ def fuse(sparse: SparseNode, chain: Chain, handle: int) -> None:
     last.replace_all_uses_with(made)
     for node in (*reversed(chain.steps), sparse.node):
         graph.erase_node(node)
-
-
-def _scale_and_shift(graph: fx.Graph, norm: Mapping[str, Any]) -> tuple[fx.Node, fx.Node]:
-    scale = graph.call_function(torch.rsqrt, (graph.call_function(torch.add, (norm["variance"], norm["eps"])),))
-    if norm["weight"] is not None:
-        scale = graph.call_function(torch.mul, (scale, norm["weight"]))
-    shift = graph.call_function(torch.mul, (norm["mean"], scale))
-    if norm["bias"] is None:
-        return scale, graph.call_function(torch.neg, (shift,))
-    return scale, graph.call_function(torch.sub, (norm["bias"], shift))
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -149,7 +146,7 @@ def _other(node: fx.Node, step: fx.Node) -> fx.Node | None:
     if step.kwargs or len(step.args) != 2:
         return None
     left, right = step.args
-    if right is node and left is not node and step.target not in (operator.iadd, "add_"):
+    if right is node and left is not node and step.target not in _ADDITIONS_IN_PLACE:
         left, right = right, left
     if left is not node or not isinstance(right, fx.Node) or right is node:
         return None
@@ -158,10 +155,10 @@ def _other(node: fx.Node, step: fx.Node) -> fx.Node | None:
 
 def _activation(step: fx.Node) -> str | None:
     arguments = step.args[1:]
-    if step.target is F.hardtanh:
+    if step.target in _CLAMPS:
         bounds = (*arguments, *(step.kwargs.get(name) for name in ("min_val", "max_val")[len(arguments) :]))
         return "relu6" if bounds[:2] == (0.0, 6.0) else None
-    if step.target is F.gelu:
+    if step.target in _GELUS:
         kind = step.kwargs.get("approximate", arguments[0] if arguments else "none")
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(kind))
     return _ACTIVATIONS.get(step.target)

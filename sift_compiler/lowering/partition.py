@@ -121,9 +121,13 @@ def _module_path(node: fx.Node) -> str:
 def plain_module_path(source: str) -> str:
     """``layer1.0.conv1`` from the ways Dynamo and torch.export write it.
 
-    Dynamo writes where it found the module: ``L['self'].layer1.0.conv1``, ``L['fn']._modules['layer1']._modules['0']``.
+    Dynamo writes where it found the module: ``L['self'].layer1.0.conv1``, ``L['fn']._modules['layer1']._modules['0']``,
+    ``getattr(L.self.layer1, '0').conv1``.
     """
-    text = re.sub(r"^L\['\w+'\]\.?", "", source)
+    text, found = source, 1
+    while found:
+        text, found = re.subn(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", text)
+    text = re.sub(r"^L(\['\w+'\]|\.\w+)\.?", "", text)
     text = re.sub(r"\.?_modules\['([^']*)'\]", r".\1", text)
     text = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", text)
     return text.strip(".")

@@ -1,8 +1,10 @@
 """The operators ``sift::conv2d_fused`` and ``sift::linear_fused``: a sparse layer and what follows it, in one call, for inference.
 
     y = activation((layer(x) + bias) · scale + shift + residual)
+    scale = γ / √(var + ε), shift = β - mean · scale        (all [M]: a batch norm in evaluation mode)
 
-``scale`` and ``shift`` have one number per output channel and are given at every call, so batch-norm statistics may change. There is no
+The norm's tensors are given at every call, so its statistics may change. Scale and shift are computed here and not in the graph, where
+inductor would compile a kernel for each size there is: most of the time of compiling a ResNet. There is no
 backward: the torch.compile backend puts these operators only into graphs that need none.
 """
 
@@ -44,6 +46,20 @@ class Finish:
     scale: Tensor | None = None
     shift: Tensor | None = None
     residual: Tensor | None = None
+
+    @classmethod
+    def of_norm(
+        cls, mean: Tensor | None, variance: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+        residual: Tensor | None,
+    ) -> Finish:  # fmt: skip
+        """The epilogue of a batch norm in evaluation mode (none without ``mean`` and ``variance``) and an addition."""
+        if mean is None or variance is None:
+            return cls(residual=residual)
+        scale = torch.rsqrt(variance + eps)
+        if weight is not None:
+            scale = scale.mul_(weight)
+        shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+        return cls(scale, shift, residual)
 
     def contiguous(self) -> Finish:
         """The same, detached and contiguous."""
@@ -89,12 +105,13 @@ def _kernel(handle: int) -> FusedKernel:
 
 @torch.library.custom_op("sift::conv2d_fused", mutates_args=())
 def conv2d_fused(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, norm_mean: Tensor | None,
+    norm_variance: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     residual: Tensor | None, activation: str, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
-    """:func:`operators.conv2d`, finished; scale and shift [M], residual [N, M, H', W'] → [N, M, H', W'], contiguous."""
-    finish = Finish(scale, shift, residual)
+    """:func:`operators.conv2d`, finished; the norm's tensors [M], residual [N, M, H', W'] → [N, M, H', W'], contiguous."""
+    finish = Finish.of_norm(norm_mean, norm_variance, norm_weight, norm_bias, eps, residual)
     if kernel_handle != live.REFERENCE:
         return _kernel(kernel_handle)(x, values, index, bias, finish)
     y = reference.conv2d(x, values, index, bias, shape, stride, padding, dilation, groups)
@@ -103,7 +120,8 @@ def conv2d_fused(
 
 @conv2d_fused.register_fake
 def _(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, norm_mean: Tensor | None,
+    norm_variance: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     residual: Tensor | None, activation: str, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
@@ -114,11 +132,12 @@ def _(
 
 @torch.library.custom_op("sift::linear_fused", mutates_args=())
 def linear_fused(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, norm_mean: Tensor | None,
+    norm_variance: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     residual: Tensor | None, activation: str, shape: Sequence[int], kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
-    """:func:`operators.linear`, finished; scale and shift [out], residual [..., out] → [..., out], contiguous."""
-    finish = Finish(scale, shift, residual)
+    """:func:`operators.linear`, finished; the norm's tensors [out], residual [..., out] → [..., out], contiguous."""
+    finish = Finish.of_norm(norm_mean, norm_variance, norm_weight, norm_bias, eps, residual)
     if kernel_handle != live.REFERENCE:
         return _kernel(kernel_handle)(x, values, index, bias, finish)
     return finish.apply(reference.linear(x, values, index, bias, shape), activation, -1).contiguous()
@@ -126,7 +145,8 @@ def linear_fused(
 
 @linear_fused.register_fake
 def _(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, norm_mean: Tensor | None,
+    norm_variance: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     residual: Tensor | None, activation: str, shape: Sequence[int], kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], shape[0]))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sift_compiler import dynamo
+from sift_compiler.capture import raise_exported
 from sift_compiler.nn import SparseConv2d, SparseLinear
 
 TOLERANCE = 1e-5
@@ -77,6 +78,44 @@ def test_a_residual_block_becomes_four_calls(runtime: str, rest: str) -> None:
     assert [[what for _, what in made] for made in fused()] == [
         ["batch norm + relu", "batch norm + add + relu", "batch norm", "gelu"]
     ]
+
+
+def test_a_graph_of_aten_operators_is_fused_as_the_functions_it_came_from() -> None:
+    model = statistics(Block()).eval()
+    x = torch.randn(16, 6, 5, 5)
+    program = torch.export.export(model.train(), (x,))
+    targets = {node.target for node in program.graph.nodes}
+    assert torch.ops.aten.relu_.default in targets
+    assert torch.ops.aten.add_.Tensor in targets
+    raised, model = raise_exported(program).eval(), model.eval()
+    run, fused = compiled(raised, "eager")
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=TOLERANCE, atol=TOLERANCE)
+    assert [[what for _, what in made] for made in fused()] == [
+        ["batch norm + relu", "batch norm + add + relu", "batch norm", "gelu"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("then", "activation"),
+    [
+        (torch.ops.aten.hardtanh.default, "hard tanh"),
+        (lambda y: torch.ops.aten.hardtanh_.default(y, 0, 6), "relu6"),
+        (torch.ops.aten.relu6.default, "relu6"),
+        (torch.ops.aten.silu_.default, "silu"),
+        (torch.ops.aten.hardswish.default, "hard_swish"),
+        (lambda y: torch.ops.aten.gelu.default(y, approximate="tanh"), "gelu_tanh"),
+        (lambda y: torch.ops.aten.add.Tensor(y, y.new_ones(4, 6), alpha=2), "scaled addition"),
+    ],
+)
+def test_activations_of_aten(then, activation) -> None:  # type: ignore[no-untyped-def]
+    model = Chain(lambda y, x, norm: then(y)).eval()
+    run, fused = compiled(model, "eager")
+    x = torch.randn(4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=TOLERANCE, atol=TOLERANCE)
+    expected = [] if activation in ("hard tanh", "scaled addition") else [activation]
+    assert [what for made in fused() for _, what in made] == expected
 
 
 def test_nothing_is_fused_where_gradients_are_needed() -> None:

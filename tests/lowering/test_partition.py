@@ -61,6 +61,7 @@ def test_a_handle_reaches_the_kernel_behind_it():
         ("L['self'].layer1.0.conv1", "layer1.0.conv1"),
         ("L['fn']._modules['layer1']._modules['0']", "layer1.0"),
         ("L['self'].layer1[0].conv1", "layer1.0.conv1"),
+        ("getattr(getattr(L.self.layer2, '0').downsample, '0')", "layer2.0.downsample.0"),
         ("body.0", "body.0"),
         ("L['self']", ""),
     ],
