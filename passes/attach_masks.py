@@ -3,7 +3,8 @@
     call_module[conv] (nn.Conv2d, weight [out, in, kh, kw])  →  call_module[conv] (SparseConv2d, values [kept], index [kept])
 
 A layer whose dense weight has no values (meta device) becomes a sparse layer whose values have none either: the initialise pass
-draws only what is kept, and the wide dense weight never exists.
+draws only what is kept, and the wide dense weight never exists. A depthwise or grouped convolution keeps a weight of every output where
+its count allows it (ir/initial_mask.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.fx import GraphModule
 from sift_compiler.errors import PassError
 from sift_compiler.ir import annotations as notes
 from sift_compiler.ir.annotations import LayerDecision
+from sift_compiler.ir.initial_mask import initial_pattern
 from sift_compiler.ir.pattern import Pattern
 from sift_compiler.nn import SparseConv2d, SparseLayer, SparseLinear
 from sift_compiler.passes.base import Condition, Pass, PassResult
@@ -60,7 +62,8 @@ class AttachMasks(Pass):
                 continue
             _refuse_tied(graph_module, path, dense)
             assert decision.kept is not None
-            pattern = decision.structure.random(decision.widened_shape, decision.kept, generator)
+            groups = dense.groups if isinstance(dense, nn.Conv2d) else 1
+            pattern = initial_pattern(decision.structure, decision.widened_shape, decision.kept, groups, generator)
             with torch.random.fork_rng(devices=[]):
                 layer = _sparse(dense, pattern, decision, self.device)
             layer.train(dense.training)
