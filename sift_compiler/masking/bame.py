@@ -8,7 +8,8 @@ The paper's code is not public; this is a reconstruction from its description, a
   In every block of m the dearest entries to revive are paired with the cheapest to drop, as long as a swap is expected to lower the loss.
 - Oscillation-aware block freezing: a block oscillates when its mask equals the one two checks ago and differs from the last. Blocks are
   ranked by gain / (1 + oscillations), the first ``commit`` of those that gain are changed, blocks with ``freeze_after`` or more
-  oscillations never again.
+  oscillations never again. The share falls as ``decay`` says (ours): on the gradient of a batch nearly every block expects a gain, so a
+  share that stays would move masks as much at the end as at the beginning, and new weights would be swapped out before they have grown.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from sift_compiler.errors import UserError
 from sift_compiler.ir.mask_structure import NM
-from sift_compiler.masking import criteria
+from sift_compiler.masking import criteria, schedules
 from sift_compiler.masking.layer import LayerView
 from sift_compiler.masking.rule import Choice, DynamicMethod, Kinds, Target, chosen
 
@@ -33,7 +34,7 @@ class BAME(DynamicMethod):
     adapt_from: int = 0
     """First optimizer step of loss-aware adaptation; before it masks move as RigL moves them."""
     commit: float = 0.5
-    """Share of the blocks with a gain that are changed at a check, in [0, 1], at least one."""
+    """Share of the blocks with a gain that are changed at a check, in [0, 1], at least one; at step 0, it falls as ``decay`` says."""
     freeze_after: int = 3
     """Oscillations from which on a block is frozen, at least 1."""
     needs_dense_gradient: ClassVar[bool] = True
@@ -62,7 +63,8 @@ class BAME(DynamicMethod):
         gain, swapped = swaps(layer, layout, mask)
         oscillations = layer.memory.setdefault("oscillations", torch.zeros_like(gain, dtype=torch.int32))
         worth = (gain > 0) & (oscillations < self.freeze_after)
-        count = min(int(worth.sum()), max(1, int(self.commit * int(worth.sum()) + 1e-9)))
+        share = schedules.drop_fraction(layer.step, initial=self.commit, end=self.end_step, decay=self.decay)
+        count = min(int(worth.sum()), max(1, int(share * int(worth.sum()) + 1e-9)))
         score = torch.where(worth, gain / (1 + oscillations), -1.0)
         blocks = torch.arange(len(gain), device=gain.device)
         committed = criteria.largest(score, blocks, count, layer.stream("commit"))

@@ -201,6 +201,16 @@ def test_bame_swaps_what_is_expected_to_lower_the_loss_and_freezes_what_oscillat
     assert memory["oscillations"].tolist() == [2, 0]
 
 
+@pytest.mark.parametrize(("decay", "expected"), [("cosine", (8, 4, 1)), ("linear", (8, 4, 1)), ("constant", (8, 8, 8))])
+def test_bame_changes_fewer_blocks_as_training_goes_on(decay, expected):
+    # Sixteen blocks of four keep their first entry; in each of them entry 1 is worth more than entry 0 costs.
+    gradient = [0.1, 5.0, 0.0, 0.0] * 16
+    rule = BAME(end_step=100, commit=0.5, decay=decay)
+    for step, changed in zip((0, 50, 99), expected, strict=True):
+        layer = view(list(range(0, 64, 4)), [1.0] * 16, gradient=gradient, shape=(8, 8), structure=NM(1, 4), step=step)
+        assert rule.choose(layer, Target(16, 16)).grown.numel() == changed
+
+
 def test_bidst_scores_follow_the_implicit_gradient_and_the_mask_waits_for_enough_change():
     gradient = [0.1, -0.2, 0.3, 0, 0, 0, 0, -0.4]
     layer = view([0, 1], [1.0, -0.5], gradient=gradient)
