@@ -11,6 +11,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sift_compiler.densify import dense_state_dict, densify, to_dense
     from sift_compiler.errors import (
         PassError,
         RuntimeBuildError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from sift_compiler.export import export
+    from sift_compiler.from_masked import from_masked
     from sift_compiler.ir.mask_structure import NM, Block, Channel, ConstantFanIn, TransposableNM, Unstructured
     from sift_compiler.ir.pattern import Pattern
     from sift_compiler.masking.bame import BAME
@@ -86,8 +88,11 @@ _HOMES = {
     "UnsupportedError": "errors",
     "UserError": "errors",
     "compact": "nn.storage",
+    "dense_state_dict": "densify",
     "dense_storage": "nn.storage",
+    "densify": "densify",
     "export": "export",
+    "from_masked": "from_masked",
     "load": "storage",
     "load_checkpoint": "storage",
     "report": "report",
@@ -95,6 +100,7 @@ _HOMES = {
     "save": "storage",
     "schedule": "schedule",
     "snip": "masking.snip",
+    "to_dense": "densify",
 }
 """Every public name and the module it is defined in."""
 
@@ -135,8 +141,11 @@ __all__ = [
     "UnsupportedError",
     "UserError",
     "compact",
+    "dense_state_dict",
     "dense_storage",
+    "densify",
     "export",
+    "from_masked",
     "load",
     "load_checkpoint",
     "report",
@@ -144,6 +153,7 @@ __all__ = [
     "save",
     "schedule",
     "snip",
+    "to_dense",
 ]
 
 

@@ -6,7 +6,7 @@ reaches it through a forward pre-hook. Neither holds parameters or buffers, so a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +71,10 @@ def attach(module: nn.Module, optimizer: Optimizer, *, with_hooks: bool) -> tupl
         )
     _check_unshared(layers)
     trained = {name: layer for name, layer in layers.items() if layer.values.requires_grad}
-    _check_optimized(trained, optimizer)
+    check_optimized(trained, optimizer)
     if not with_hooks:
         return tuple(Attachment(name, layer, None) for name, layer in trained.items())
-    hooks = _hooks_in_graph(module) if isinstance(module, fx.GraphModule) else {}
+    hooks = _hooks_in_graphs(module)
     return tuple(Attachment(name, layer, hooks.get(layer) or _hook_of(layer)) for name, layer in trained.items())
 
 
@@ -89,7 +89,21 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def _check_optimized(layers: dict[str, SparseLayer], optimizer: Optimizer) -> None:
+def optimizer_inside(optimizer: object) -> Optimizer:
+    """The optimizer of torch inside the wrappers of Accelerate and Lightning: the one whose step() is called.
+
+    Raises:
+        UserError: there is none.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+    return optimizer
+
+
+def check_optimized(layers: Mapping[str, SparseLayer], optimizer: Optimizer) -> None:
+    """Raise UserError unless the values of all ``layers``, by name, are parameters of ``optimizer``."""
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     lost = [name for name, layer in layers.items() if id(layer.values) not in known]
     if lost:
@@ -111,6 +125,17 @@ def _check_unshared(layers: dict[str, SparseLayer]) -> None:
             )
 
 
+def _hooks_in_graphs(module: nn.Module) -> dict[SparseLayer, MaskHook]:
+    """Those of ``module`` if it is a graph, else of the graphs it is made of: a rewritten model inside a module of the user's."""
+    if isinstance(module, fx.GraphModule):
+        return _hooks_in_graph(module)
+    graphs: list[tuple[str, fx.GraphModule]] = []
+    for name, part in module.named_modules():
+        if isinstance(part, fx.GraphModule) and not any(name.startswith(f"{outer}.") for outer, _ in graphs):
+            graphs.append((name, part))
+    return {layer: hook for _, graph in graphs for layer, hook in _hooks_in_graph(graph).items()}
+
+
 def _hooks_in_graph(graph_module: fx.GraphModule) -> dict[SparseLayer, MaskHook]:
     """The hook that the schedule-masks pass gave each layer the graph calls; the pass runs now if it has not."""
     if HOOKED.problem(graph_module) is not None:
@@ -129,6 +154,14 @@ def _hook_of(layer: SparseLayer) -> MaskHook:
     layer.add_module(_CHILD, hook)
     layer.register_forward_pre_hook(_pass_hook, with_kwargs=True)
     return hook
+
+
+def drop_hook(layer: SparseLayer) -> None:
+    """Undo :func:`_hook_of`; a hook in a graph is removed by the strip-hooks pass."""
+    layer._modules.pop(_CHILD, None)
+    for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is _pass_hook]:
+        del layer._forward_pre_hooks[key]
+        layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _pass_hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

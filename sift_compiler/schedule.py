@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sift_compiler.attachment import Attachment, attach
+from sift_compiler.attachment import Attachment, attach, optimizer_inside
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError, unknown_name
 from sift_compiler.masking import criteria, gradients, methods, schedules, transition
 from sift_compiler.masking.history import LayerUpdate, MaskUpdate
@@ -40,7 +40,8 @@ def schedule(module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> Mas
 
     Args:
         module: what :func:`sift_compiler.rewrite` returned, or any module that holds sparse layers.
-        optimizer: one of torch.optim with per-weight state (SGD, Adam, AdamW, …) that holds the layers' ``values``.
+        optimizer: one of torch.optim with per-weight state (SGD, Adam, AdamW, …) that holds the layers' ``values``; also inside a wrapper
+            of Accelerate or Lightning.
         method: ``RigL(end_step=…)``, ``SET(end_step=…)``, ``Static()`` or another method; or one of your own (sift.OwnMethod).
 
     Raises:
@@ -50,8 +51,7 @@ def schedule(module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> Mas
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"module must be a torch.nn.Module, not {type(module).__name__}.")
-    if not isinstance(optimizer, Optimizer):
-        raise UserError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}.")
+    optimizer = optimizer_inside(optimizer)
     if isinstance(method, str):
         raise unknown_name(
             "mask method (pass an object such as sift.RigL(end_step=…))",
@@ -63,6 +63,12 @@ def schedule(module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> Mas
             f"method must be an object such as sift.RigL(end_step=…), sift.SET(end_step=…) or sift.Static(), not {method!r}."
         )
     return MaskScheduler(module, optimizer, method)
+
+
+def schedulers_of(optimizer: Optimizer) -> list[MaskScheduler]:
+    """The mask schedulers that listen to the steps of ``optimizer``."""
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
+    return [each for each in owners if isinstance(each, MaskScheduler)]
 
 
 class MaskScheduler:
@@ -100,6 +106,11 @@ class MaskScheduler:
         self.skipped = {"missing": 0, "not finite": 0}
         self._layer_updates = {one.name: 0 for one in self._layers}
         self._prepare_step()
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """The layers whose masks this moves, in the module's order."""
+        return self._layers
 
     def on_update(self, listener: Listener) -> Callable[[], None]:
         """Call ``listener(record)`` after every mask update; returns a function that ends it."""

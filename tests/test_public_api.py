@@ -19,8 +19,9 @@ NAMES = {
     "LowRank", "MEST", "MovingMethod", "NM", "PassError", "Pattern", "RigL", "RuntimeBuildError", "SET", "SNFS",
     "SRSTE", "SRigL", "SiftError", "SparseConv2d", "SparseDoped", "SparseFactorized", "SparseLinear",
     "SparseParallel", "SparseWide", "StaleArtifactError", "Static", "TopKAST", "TransposableNM", "Unstructured",
-    "UnsupportedError", "UserError", "compact", "dense_storage", "export", "load", "load_checkpoint", "report",
-    "rewrite", "save", "schedule", "snip",
+    "UnsupportedError", "UserError", "compact", "dense_state_dict", "dense_storage", "densify", "export", "from_masked",
+    "load", "load_checkpoint", "report",
+    "rewrite", "save", "schedule", "snip", "to_dense",
 }  # fmt: skip
 
 
