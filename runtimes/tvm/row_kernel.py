@@ -121,31 +121,32 @@ def one_token(
 
 
 def pack_few_tokens(*, lanes: int, tokens: int, name: str) -> Any:
-    """Packed input of the kernel for few tokens: [count, in] → [in, tokens], by transposing in registers; the last token fills what is left.
+    """Packed input of the kernel for few tokens: [count, in] → [in, tokens], by transposing in registers.
 
-    ``lanes`` float32 make a vector, ``tokens`` is a power of two. Arguments: x, packed, count, in.
+    ``lanes`` float32 make a vector, ``tokens`` is a power of two. Arguments: x, which token each of ``tokens`` is in x, packed, in.
     """
     L, N = lanes, tokens
     narrow, half = perfect_shuffle(L, N), result_half(N)
 
     @T.prim_func
-    def kernel(x: T.handle, packed: T.handle, count: T.int32, features: T.int32):
+    def kernel(x: T.handle, held: T.handle, packed: T.handle, features: T.int32):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
-        n0, n1 = T.int32(), T.int32()
+        n0, n1, n2 = T.int32(), T.int32(), T.int32()
         X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
-        P = T.match_buffer(packed, (n1,), "float32", align=64)
+        H = T.match_buffer(held, (n1,), "int32", align=4, offset_factor=1)
+        P = T.match_buffer(packed, (n2,), "float32", align=64)
         if features >= L:
             for q in range((features + L - 1) // L):
                 cells = T.alloc_buffer((2 * N * L,), "float32", scope="local")
                 near: T.let[T.int32] = T.min(q * L, features - L)
                 for i in T.unroll(N):
-                    cells[T.ramp(i * L, 1, L)] = X[T.ramp(T.min(i, count - 1) * features + near, 1, L)]
+                    cells[T.ramp(i * L, 1, L)] = X[T.ramp(H[i] * features + near, 1, L)]
                 narrow(cells)
                 for i in T.unroll(N):
                     P[T.ramp(near * N + i * L, 1, L)] = cells[T.ramp((half * N + i) * L, 1, L)]
         else:
             for c, i in T.grid(features, N):
-                P[c * N + i] = X[T.min(i, count - 1) * features + c]
+                P[c * N + i] = X[H[i] * features + c]
 
     return kernel
 

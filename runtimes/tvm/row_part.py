@@ -103,7 +103,9 @@ class RowPart:
             return
         assert self._pack_kernel is not None
         packed = scratch("packed", spec.in_channels * tokens)
-        self._pack_kernel(source, packed, x.shape[0], spec.in_channels)
+        # The last token fills what is left.
+        held = torch.arange(tokens, dtype=torch.int32).clamp_(max=x.shape[0] - 1)
+        self._pack_kernel(source, held, packed, spec.in_channels)
         sums = scratch("sums", workers * (BALANCED + self._cpu.lanes) * tokens)
         program = (mask.columns, mask.starts, mask.balanced)
         self._kernel(packed, *program, values, bias, *extra, output, sums, workers, x.shape[0], spec.out_channels)
