@@ -48,9 +48,16 @@ def compile_anew(generator: Callable[..., Any], cpu: str, **constants: Any) -> A
     """
     import tvm
 
+    from sift_compiler.runtimes.tvm.registers import IN_REGISTERS
+    from sift_compiler.runtimes.tvm.subroutines import pipeline
+
     begin = time.perf_counter()
     try:
-        made = tvm.compile(generator(**constants, name=_symbol(generator)), target=llvm_target(cpu))
+        function = generator(**constants, name=_symbol(generator))
+        made_of = function.functions.values() if isinstance(function, tvm.IRModule) else (function,)
+        in_registers = any(IN_REGISTERS in (each.attrs or {}) for each in made_of)
+        with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_storage_rewrite": in_registers}):
+            made = tvm.compile(function, target=llvm_target(cpu), tir_pipeline=pipeline())
     except Exception as error:
         raise RuntimeBuildError(
             f"TVM could not compile the kernel {generator.__name__}({constants}) for {cpu}: {error}. "

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import tvm
 from tvm.script import tirx as T
 
 from sift_compiler.lowering.epilogue import Epilogue
 from sift_compiler.runtimes.tvm.epilogue import finished
-from sift_compiler.runtimes.tvm.products import products
+from sift_compiler.runtimes.tvm.products import block_products
 
 
 # fmt: off
@@ -26,17 +27,18 @@ def lane_tile(
 
     The function's arguments, in order: input X [groups of images, C, H, W, lanes]; the program's stream, and where each block begins in
     it and in the values; packed values; bias, scale and shift [M] and residual, laid out as the output (read if the epilogue says so);
-    first row and first column of each phase [2 · phases]; output Y [groups of images, M, H', W', lanes]; workspaces: windows and partial
+    first row and first column of each phase [2 · phases]; where the rows of a window lie
+    [channels of a block · phases · rows], counted from its first position in the input; output Y [groups of images, M, H', W', lanes]; workspaces: windows and partial
     sums; then integers. A row of tiles (``tiles_across`` of them) is the unit of parallel work.
     """
     L, R, NV = lanes, rows, height * width
     loop = T.parallel if parallel else T.serial
-    add_products = products(lanes=lanes, rows=rows, height=height, width=width, pitch=pitch)
+    products = f"{name}_products"
 
     @T.prim_func
     def kernel(
         x: T.handle, stream: T.handle, block_column: T.handle, block_value: T.handle, values: T.handle, bias: T.handle,
-        scale: T.handle, shift: T.handle, residual: T.handle, phase: T.handle,
+        scale: T.handle, shift: T.handle, residual: T.handle, phase: T.handle, rows_ahead: T.handle,
         y: T.handle, window: T.handle, sums: T.handle,
         workers: T.int32, strips: T.int32, strips_in_group: T.int32, tiles_across: T.int32, last_y: T.int32, last_x: T.int32,
         C: T.int32, H: T.int32, W: T.int32, stride_y: T.int32, stride_x: T.int32, pad_y: T.int32, pad_x: T.int32,
@@ -45,7 +47,7 @@ def lane_tile(
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        n7, n8, n9, n10, n11, n12 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        n7, n8, n9, n10, n11, n12, n13 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         X = T.match_buffer(x, (n0,), "float32", align=64)
         F = T.match_buffer(stream, (n1,), "int32", align=4, offset_factor=1)
         BC = T.match_buffer(block_column, (n2,), "int32", align=4, offset_factor=1)
@@ -56,6 +58,7 @@ def lane_tile(
         SH = T.match_buffer(shift, (n7,), "float32", align=4, offset_factor=1)
         E = T.match_buffer(residual, (n8,), "float32", align=4, offset_factor=1)
         P = T.match_buffer(phase, (n9,), "int32", align=4, offset_factor=1)
+        A = T.match_buffer(rows_ahead, (n13,), "int32", align=4, offset_factor=1)
         Y = T.match_buffer(y, (n10,), "float32", align=64)
         N = T.match_buffer(window, (n11,), "float32", align=64)
         S = T.match_buffer(sums, (n12,), "float32", align=64)
@@ -67,40 +70,42 @@ def lane_tile(
                 left: T.let[T.int32] = T.min(turn % tiles_across * width, last_x)
                 w0: T.let[T.int32] = worker * (block_channels * phases * window_rows * window_columns * L)
                 s0: T.let[T.int32] = worker * (groups * R * NV * L)
+                for m, u in T.grid(groups * R, NV):
+                    S[T.ramp(s0 + (m * NV + u) * L, 1, L)] = T.broadcast(B[T.min(m, M - 1)], L)
                 for b in range(blocks):
-                    for c, f, j in T.grid(T.min(block_channels, C - b * block_channels), phases, window_rows):
-                        down: T.let[T.int32] = (top + j) * stride_y + P[f] - pad_y
-                        source: T.let[T.int32] = ((image * C + b * block_channels + c) * H + down) * W
-                        target: T.let[T.int32] = w0 + ((c * phases + f) * window_rows + j) * window_columns * L
-                        for i in range(window_columns):
-                            across: T.let[T.int32] = (left + i) * stride_x + P[phases + f] - pad_x
-                            if down >= 0 and down < H and across >= 0 and across < W:
-                                N[T.ramp(target + i * L, 1, L)] = X[T.ramp((source + across) * L, 1, L)]
+                    for f, c in T.grid(phases, T.min(block_channels, C - b * block_channels)):
+                        # Columns of the window that lie left of the image, and up to where they lie inside.
+                        outer: T.let[T.int32] = left * stride_x + P[phases + f] - pad_x
+                        first: T.let[T.int32] = T.min(window_columns, T.max(0, stride_x - 1 - outer) // stride_x)
+                        last: T.let[T.int32] = T.max(first, T.min(window_columns, (T.max(0, W - outer) + stride_x - 1) // stride_x))
+                        for j in range(window_rows):
+                            down: T.let[T.int32] = (top + j) * stride_y + P[f] - pad_y
+                            source: T.let[T.int32] = (((image * C + b * block_channels + c) * H + down) * W + outer) * L
+                            target: T.let[T.int32] = w0 + ((c * phases + f) * window_rows + j) * window_columns * L
+                            if down >= 0 and down < H:
+                                for i in range(first):
+                                    N[T.ramp(target + i * L, 1, L)] = T.broadcast(T.float32(0), L)
+                                for i in range(last - first):
+                                    N[T.ramp(target + (first + i) * L, 1, L)] = X[T.ramp(source + (first + i) * stride_x * L, 1, L)]
+                                for i in range(window_columns - last):
+                                    N[T.ramp(target + (last + i) * L, 1, L)] = T.broadcast(T.float32(0), L)
                             else:
-                                N[T.ramp(target + i * L, 1, L)] = T.broadcast(T.float32(0), L)
-                    k = T.alloc_buffer((1,), "int32", scope="local")
-                    v = T.alloc_buffer((1,), "int32", scope="local")
-                    k[0] = BC[b]
-                    v[0] = BV[b]
-                    for g in range(groups):
-                        acc = T.alloc_buffer((R * NV * L,), "float32", scope="local")
-                        if b == 0:
-                            for r in T.unroll(R):
-                                for u in T.unroll(NV):
-                                    acc[T.ramp((r * NV + u) * L, 1, L)] = T.broadcast(B[T.min(g * R + r, M - 1)], L)
-                        else:
-                            for u in T.unroll(R * NV):
-                                acc[T.ramp(u * L, 1, L)] = S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)]
-                        add_products(acc, F, V, N, k, v, w0)
-                        for u in T.unroll(R * NV):
-                            S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)] = acc[T.ramp(u * L, 1, L)]
-                        if b == blocks - 1:
-                            for r, j, i in T.grid(T.min(R, M - g * R), height, width):
-                                place: T.let[T.int32] = (((image * M + g * R + r) * out_height + top + j) * out_width + left + i) * L
-                                Y[T.ramp(place, 1, L)] = finished(
-                                    epilogue, S[T.ramp(s0 + ((g * R + r) * NV + j * width + i) * L, 1, L)], L,
-                                    T.broadcast(SC[g * R + r], L), T.broadcast(SH[g * R + r], L), E[T.ramp(place, 1, L)],
-                                )
+                                for i in range(window_columns):
+                                    N[T.ramp(target + i * L, 1, L)] = T.broadcast(T.float32(0), L)
+                    # The window of the next block, or the first one of the next tile, wherever the image ends: a hint, never read.
+                    begin: T.let[T.int32] = (image * C * H + T.max(0, top * stride_y - pad_y)) * W + T.max(0, left * stride_x - pad_x)
+                    ahead: T.let[T.int32] = (begin + T.if_then_else(b + 1 < blocks, (b + 1) * block_channels * H * W, width * stride_x)) * L
+                    T.evaluate(T.call_extern(
+                        "void", products, T.address_of(F[BC[b]]), T.address_of(V[BV[b]]), T.address_of(N[w0]), T.address_of(S[s0]), groups,
+                        T.address_of(X[ahead]), T.address_of(A[0]), T.min(block_channels, C) * phases * window_rows, window_columns, stride_x * L,
+                    ))
+                for m, j, i in T.grid(M, height, width):
+                    place: T.let[T.int32] = (((image * M + m) * out_height + top + j) * out_width + left + i) * L
+                    Y[T.ramp(place, 1, L)] = finished(
+                        epilogue, S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)], L,
+                        T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)],
+                    )
 
-    return kernel
+    subroutine = block_products(lanes=lanes, rows=rows, height=height, width=width, pitch=pitch, symbol=products)
+    return tvm.IRModule({name: kernel, products: subroutine})
 # fmt: on

@@ -46,6 +46,7 @@ class LanePart:
         layout = packing(spec, choice.count, size, tile)
         self._layout = layout
         self._phase = torch.tensor(layout.phases, dtype=torch.int32).t().contiguous().view(-1)
+        self._rows_ahead = self._window_rows()
         self._groups, self._blocks = -(-spec.out_channels // tile.rows), -(-spec.in_channels // tile.channels)
         self._packer = MaskPacker(spec, tile.rows, tile.channels, layout.offsets, layout.channel, cpu.name)
         self._mask: PackedMask | None = None
@@ -76,18 +77,28 @@ class LanePart:
         strips = x.shape[0] * self._layout.tiles[0]
         self._kernel(
             _aligned(x), mask.stream, mask.block_column, mask.block_value, packed_values, bias,
-            *(self._one if t is None else t.view(-1) for t in tensors), self._phase, y.view(-1), *self._workspaces(),
+            *(self._one if t is None else t.view(-1) for t in tensors), self._phase, self._rows_ahead, y.view(-1), *self._workspaces(),
             self._workers(strips), strips, *self._geometry(),
         )  # fmt: skip
 
     def _workers(self, pieces: int) -> int:
         return max(1, min(self.threads, pieces))
 
+    def _window_rows(self) -> Tensor:
+        """int32 [channels of a block · phases · rows]: where each row of a window begins in the input, from that of its first position."""
+        layout, (height, width), stride = self._layout, self._size, self.spec.stride
+        channel = np.arange(min(self.choice.tile.channels, self.spec.in_channels))[:, None, None] * height * width
+        phase = np.array([y * width + x for y, x in layout.phases])[:, None]
+        row = np.arange(layout.window_rows) * stride[0] * width
+        return torch.from_numpy(((channel + phase + row).reshape(-1) * self.choice.tile.vector).astype(np.int32))
+
     def _workspaces(self) -> tuple[Tensor, Tensor]:
         """Windows and partial sums, one of each per worker."""
         tile = self.choice.tile
         sums = self._groups * tile.accumulators * tile.vector
-        return scratch("window", self.threads * tile.channels * self._layout.channel), scratch("sums", self.threads * sums)
+        return scratch("window", self.threads * tile.channels * self._layout.channel), scratch(
+            "sums", self.threads * sums
+        )
 
     def _geometry(self) -> tuple[int, ...]:
         """The kernel's integers after ``strips``."""

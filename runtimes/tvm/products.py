@@ -1,6 +1,11 @@
-"""The inner loops of the sparse kernels: the kept weights of one group of rows and one block of channels, as a TIR macro."""
+"""The inner loops of the sparse kernels, a function of their own: the kept weights of one block of input channels, all groups of rows.
 
-# ruff: noqa: N803, N806
+It is called once per block and tile. Inside a kernel, with a kernel's forty arguments alive, LLVM reloads addresses from the stack in
+every turn of the innermost loops, and loads are what these loops are short of.
+"""
+
+# The annotations of a TIR function are values, evaluated in the enclosing function.
+# ruff: noqa: N806
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 from __future__ import annotations
 
@@ -8,42 +13,76 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from sift_compiler.runtimes.tvm.registers import IN_REGISTERS, registers
+from sift_compiler.runtimes.tvm.subroutines import SUBROUTINE
+
+_MOST = 2**31 - 1
+
 
 # fmt: off
-def products(*, lanes: int, rows: int, height: int, width: int, pitch: int) -> Any:
-    """A TIR macro ``(acc, stream, values, window, column, value, begin)``: one small loop per row pattern over its columns.
+def block_products(*, lanes: int, rows: int, height: int, width: int, pitch: int, symbol: str) -> Any:
+    """The TIR function ``(stream, values, window, sums, groups, ahead, rows_ahead, row_count, columns, column_step)``.
+
+    It adds weight times input to ``sums``.
 
     Args:
         lanes: float32 lanes of a vector.
         rows: R, output rows computed at once.
         height, width: vectors of a tile, down and across.
         pitch: float32 numbers between two rows of vectors in the window (any number if height is 1).
+        symbol: what the function is called.
 
-    The macro reads the buckets of the next group from ``stream`` and ``values``, from ``column[0]`` and ``value[0]`` on, which it moves
-    past them, and adds weight times input to ``acc`` [rows · height · width · lanes], which lives in registers. The input of a column
-    lies at ``begin`` plus the column's offset in ``window``.
+    Its pointers stand at the block's first column, its first packed value, its window, and the tile's sums
+    [groups, rows, height · width, lanes]. For every group it takes the sums into registers, runs one small loop per row pattern over its
+    columns (one load of x, one multiply-add per kept row), and puts the sums back.
+
+    While it computes, it asks for what the next window will be copied from: ``columns`` vectors, ``column_step`` apart, from ``ahead`` plus
+    each of the ``row_count`` numbers of ``rows_ahead`` on, a few rows per group. Copied unasked, a window costs forty cycles per vector.
 
     A loop over a bucket ends at a sentinel in the stream: a counted loop would be unrolled by LLVM, and its odd iterations would cost
     a second branch miss per bucket.
     """
     L, R, NV = lanes, rows, height * width
 
-    @T.macro
-    def add_products(acc, stream, values, window, column, value, begin):
-        for p in T.unroll((1 << R) - 1):
-            while stream[column[0]] >= 0:
-                for j in T.unroll(height):
-                    for i in T.unroll(width):
-                        for r in T.unroll(R):
-                            if ((p + 1) >> r) & 1 == 1:
-                                acc[T.ramp((r * NV + j * width + i) * L, 1, L)] = (
-                                    acc[T.ramp((r * NV + j * width + i) * L, 1, L)]
-                                    + T.broadcast(values[value[0] + T.popcount((p + 1) & ((1 << r) - 1))], L)
-                                    * window[T.ramp(begin + stream[column[0]] + j * pitch + i * L, 1, L)]
-                                )
-                column[0] = column[0] + 1
-                value[0] = value[0] + T.popcount(p + 1)
-            column[0] = column[0] + 1
+    @T.prim_func
+    def add_products(
+        stream: T.handle("int32"), values: T.handle("float32"), window: T.handle("float32"), sums: T.handle("float32"), groups: T.int32,
+        ahead: T.handle("float32"), rows_ahead: T.handle("int32"), row_count: T.int32, columns: T.int32, column_step: T.int32,
+    ):
+        T.func_attr({"tirx.noalias": True, IN_REGISTERS: True, SUBROUTINE: symbol})
+        F = T.decl_buffer((_MOST,), "int32", data=stream)
+        V = T.decl_buffer((_MOST,), "float32", data=values)
+        W = T.decl_buffer((_MOST,), "float32", data=window)
+        S = T.decl_buffer((_MOST,), "float32", data=sums)
+        X = T.decl_buffer((_MOST,), "float32", data=ahead)
+        A = T.decl_buffer((_MOST,), "int32", data=rows_ahead)
+        k = registers(1, "int64")
+        v = registers(1, "int64")
+        k[0] = T.int64(0)
+        v[0] = T.int64(0)
+        for g in range(groups):
+            for q in range((g + 1) * row_count // groups - g * row_count // groups):
+                for i in range(columns):
+                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(X[A[g * row_count // groups + q] + i * column_step]), 0, 2, 1))
+            acc = registers(R * NV * L)
+            for u in T.unroll(R * NV):
+                acc[T.ramp(u * L, 1, L)] = S[T.ramp((g * R * NV + u) * L, 1, L)]
+            for p in T.unroll((1 << R) - 1):
+                while F[k[0]] >= 0:
+                    for j in T.unroll(height):
+                        for i in T.unroll(width):
+                            for r in T.unroll(R):
+                                if ((p + 1) >> r) & 1 == 1:
+                                    acc[T.ramp((r * NV + j * width + i) * L, 1, L)] = (
+                                        acc[T.ramp((r * NV + j * width + i) * L, 1, L)]
+                                        + T.broadcast(V[v[0] + T.popcount((p + 1) & ((1 << r) - 1))], L)
+                                        * W[T.ramp(T.cast(F[k[0]], "int64") + T.int64(j * pitch + i * L), 1, L)]
+                                    )
+                    k[0] = k[0] + T.int64(1)
+                    v[0] = v[0] + T.popcount(p + 1)
+                k[0] = k[0] + T.int64(1)
+            for u in T.unroll(R * NV):
+                S[T.ramp((g * R * NV + u) * L, 1, L)] = acc[T.ramp(u * L, 1, L)]
 
-    return add_products
+    return add_products.without_attr("global_symbol")
 # fmt: on

@@ -25,6 +25,7 @@ from tvm.script import tirx as T
 
 from sift_compiler.lowering.epilogue import Epilogue
 from sift_compiler.runtimes.tvm.epilogue import finished
+from sift_compiler.runtimes.tvm.registers import IN_REGISTERS, registers
 from sift_compiler.runtimes.tvm.transpose import perfect_shuffle, result_half
 
 Output = Literal["images", "stretches", "tokens"]
@@ -80,7 +81,7 @@ def sparse_tile(
         stretch_count: T.int32, stretch_vectors: T.int32,
         groups: T.int32, M: T.int32, out_area: T.int32, out_width: T.int32,
     ):
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, IN_REGISTERS: True})
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n7, n8, n9, n10, n11, n12, n13 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n14, n15, n16 = T.int32(), T.int32(), T.int32()
@@ -118,7 +119,7 @@ def sparse_tile(
                     if tokens:
                         if count >= L:
                             for u, c in T.grid(NV, (count + L - 1) // L):
-                                cells = T.alloc_buffer((2 * L * L,), "float32", scope="local")
+                                cells = registers(2 * L * L)
                                 near: T.let[T.int32] = T.min(c * L, count - L)
                                 for i in T.unroll(L):
                                     cells[T.ramp(i * L, 1, L)] = X[T.ramp(origin + (u * L + i) * plane_step + b * block_planes + near, 1, L)]
@@ -133,12 +134,12 @@ def sparse_tile(
                             W[T.ramp(w0 + ((c * stretch_count + j) * stretch_vectors + i) * L, 1, L)] = X[
                                 T.ramp(origin + (b * block_planes + c) * plane_step + j * stretch_step + i * L, 1, L)
                             ]
-                    k = T.alloc_buffer((1,), "int32", scope="local")
-                    v = T.alloc_buffer((1,), "int32", scope="local")
+                    k = registers(1, "int32")
+                    v = registers(1, "int32")
                     k[0] = BC[b]
                     v[0] = BV[b]
                     for g in range(groups):
-                        acc = T.alloc_buffer((R * NV * L,), "float32", scope="local")
+                        acc = registers(R * NV * L)
                         for u in T.unroll(R * NV):
                             acc[T.ramp(u * L, 1, L)] = S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)]
                         for p in T.unroll(NP):
@@ -169,7 +170,7 @@ def sparse_tile(
                             Q[T.ramp(q0 + ((m * height + j) * out_width + left + i) * L, 1, L)] = S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)]
                         if turn % tiles_across == tiles_across - 1:
                             for m, q in T.grid(M, (height * out_width + N - 1) // N):
-                                cells = T.alloc_buffer((2 * N * L,), "float32", scope="local")
+                                cells = registers(2 * N * L)
                                 start: T.let[T.int32] = T.min(q * N, height * out_width - N)
                                 for i in T.unroll(N):
                                     cells[T.ramp(i * L, 1, L)] = Q[T.ramp(q0 + (m * height * out_width + start + i) * L, 1, L)]
@@ -182,7 +183,7 @@ def sparse_tile(
                 if tokens:
                     if M >= L:
                         for u, q in T.grid(NV, (M + L - 1) // L):
-                            cells = T.alloc_buffer((2 * L * L,), "float32", scope="local")
+                            cells = registers(2 * L * L)
                             row: T.let[T.int32] = T.min(q * L, M - L)
                             for i in T.unroll(L):
                                 cells[T.ramp(i * L, 1, L)] = S[T.ramp(s0 + ((row + i) * NV + u) * L, 1, L)]
