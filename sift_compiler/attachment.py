@@ -6,7 +6,7 @@ reaches it through a forward pre-hook. Neither holds parameters or buffers, so a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from sift_compiler.errors import UnsupportedError, UserError
+from sift_compiler.ir.entries import Entries
 from sift_compiler.nn import MaskHook, SparseLayer
+from sift_compiler.nn.growth import Reduce
 from sift_compiler.passes.manager import run_passes
 from sift_compiler.passes.schedule_masks import HOOKED, ScheduleMasks, hook_of, sparse_calls
 
@@ -35,19 +37,45 @@ class Attachment:
     layer: SparseLayer
     hook: MaskHook | None
 
-    def arm(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Ask the next backward passes for the dense gradient, or the next one for what ``reduce`` makes of it."""
+    def arm(self, reduce: Reduce | None = None, *, passes: int = 0, strict: bool = False) -> None:
+        """Ask the next backward passes for the dense gradient, or for what ``reduce`` makes of it; see :meth:`GrowthProbe.arm`."""
         if self.hook is not None:
-            self.hook.probe.arm(reduce)
+            self.hook.probe.arm(reduce, passes=passes, strict=strict)
 
     def disarm(self) -> None:
         """Ask for nothing more."""
         if self.hook is not None:
             self.hook.probe.disarm()
 
-    def take(self) -> Tensor | None:
+    def take(self) -> Tensor | Entries | None:
         """The dense gradient since arming, of the dense weight's shape or reduced, or None if no backward pass came by. Disarms."""
         return self.hook.probe.take() if self.hook is not None else None
+
+    def claim(self) -> None:
+        """Count this layer's backward passes from now on."""
+        if self.hook is not None:
+            layer = self.layer
+            self.hook.probe.claim(lambda: layer.values.grad)
+
+    def release(self) -> None:
+        """Let go of the hook."""
+        if self.hook is not None:
+            self.hook.probe.release()
+
+    @property
+    def claimed(self) -> bool:
+        """Whether somebody listens at the hook."""
+        return self.hook is not None and self.hook.probe.claimed
+
+    def end_step(self) -> None:
+        """The optimizer has stepped."""
+        if self.hook is not None:
+            self.hook.probe.end_step()
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """The least and the most backward passes of a step there have been."""
+        return (0, 0) if self.hook is None else (self.hook.probe.least, self.hook.probe.most)
 
 
 def attach(module: nn.Module, optimizer: Optimizer, *, with_hooks: bool) -> tuple[Attachment, ...]:

@@ -286,10 +286,11 @@ class RigL(Dynamic):
 
     exclude_just_dropped: bool = False
     """Forbid that a weight dropped in an update is grown again in the same update; the reference implementation allows it and then keeps the weight's value and optimizer state."""
-    accumulates: bool = True
-    """Whether several backward passes may come before one optimizer step (gradient accumulation, a layer called twice). With False, of each
-    dense gradient only what growth can choose from is kept as soon as it is there, instead of the whole until the optimizer's step: the same
-    masks for less memory. A second backward pass is then refused; with several processes, or structured masks, nothing changes."""
+    accumulates: bool | None = None
+    """Whether several backward passes come before one optimizer step (gradient accumulation, a layer called twice). Of a dense gradient only
+    what growth can choose from is kept as soon as the last pass has made it, so that never two layers' are there. None, the default, takes
+    the most passes of any step before for all there are; on the very first step, and where fewer come, sums are held until the optimizer
+    steps. False: there is one; a second is refused. True: sums are always held. Masks are the same."""
     skip_step: Literal["keep", "replace"] = "keep"
     """``"keep"``: the optimizer steps, then the mask moves; ``"replace"``: on an update step the mask moves instead (the reference implementation)."""
 
@@ -297,6 +298,8 @@ class RigL(Dynamic):
         super().__post_init__()
         if self.skip_step not in ("keep", "replace"):
             raise unknown_name("skip_step", self.skip_step, ("keep", "replace"))
+        if self.accumulates not in (None, False, True):
+            raise _refuse(self, "accumulates", "None, False or True")
 
 
 @dataclass(frozen=True, kw_only=True)

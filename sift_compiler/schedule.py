@@ -7,6 +7,7 @@ steps, and then the masks move. ``begin_step=0``, the default, makes step 0 an u
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from sift_compiler.attachment import Attachment, attach, optimizer_inside
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError, unknown_name
+from sift_compiler.ir.entries import Entries
 from sift_compiler.masking import criteria, gradients, methods, schedules, transition
 from sift_compiler.masking.history import LayerUpdate, MaskUpdate
 from sift_compiler.masking.layer import LayerView, Memory
@@ -79,7 +81,7 @@ class MaskScheduler:
         step_count: optimizer steps seen.
         updates: a record per mask update, oldest first; of methods that move masks on every step the last one only.
         skipped: updates (``"not finite"``) and layers of updates (``"missing"``) left out because a gradient or weight was
-            NaN or infinite, or because no backward pass reached the layer.
+            NaN or infinite, or because no backward pass reached the layer, or more did than in any step before.
     """
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> None:
@@ -123,9 +125,7 @@ class MaskScheduler:
             handle.remove()
         self._handles = []
         for one in self._layers:
-            one.disarm()
-            if one.hook is not None:
-                one.hook.probe.claimed = False
+            one.release()
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise UserError(
@@ -163,6 +163,8 @@ class MaskScheduler:
         for parameter, gradient in self._withheld:
             parameter.grad = gradient
         self._withheld = []
+        for one in self._layers:
+            one.end_step()
         if _skipped_by_scaler(optimizer):
             self._prepare_step()
             return
@@ -179,21 +181,31 @@ class MaskScheduler:
 
     def _prepare_step(self) -> None:
         """Arm the probes if the step to come needs dense gradients: its backward passes run before the optimizer's step."""
-        wanted = self._wants_dense_gradient()
-        for one in self._layers:
-            one.arm(self._reducer(one)) if wanted else one.disarm()
+        if not self._wants_dense_gradient():
+            for one in self._layers:
+                one.disarm()
+            return
+        accumulates = getattr(self.method, "accumulates", None)
+        for one, passes in zip(self._layers, self._known_passes(accumulates), strict=True):
+            one.arm(functools.partial(self._reduced, one), passes=passes, strict=accumulates is False)
 
-    def _reducer(self, one: Attachment) -> Callable[[Tensor], Tensor] | None:
-        """What a layer's probe makes of its dense gradient at once, if the method may see one backward pass only."""
-        if getattr(self.method, "accumulates", True) or gradients.distributed():
-            return None
+    def _known_passes(self, accumulates: bool | None) -> list[int]:
+        """After how many backward passes a layer's dense gradient is complete; 0: not known before the optimizer's step."""
+        seen = [one.passes for one in self._layers]
+        if accumulates or not any(most for _, most in seen):
+            # Nothing is asked of other processes before the first step: they might not be here.
+            return [1 if accumulates is False and not gradients.distributed() else 0] * len(seen)
+        known = gradients.agreed_passes(seen, self._layers[0].layer.index.device)
+        return [min(1, passes) for passes in known] if accumulates is False else known
 
-        @torch.no_grad()
-        def reduce(gradient: Tensor) -> Tensor:
-            less = self._rule.reduced(self._view(one), gradient)
-            return gradient if less is None else less
-
-        return reduce
+    @torch.no_grad()
+    def _reduced(self, one: Attachment, gradient: Tensor) -> Tensor | Entries:
+        """What is kept of a complete dense gradient, inside the backward pass; the mean over all processes if it is less than all."""
+        view = self._view(one)
+        if self._rule.watches(self.step_count) or not self._rule.reduces(view):
+            return gradient
+        gradient = gradients.averaged(gradient)
+        return Entries.of(gradient, self._rule.needed(view, gradient.reshape(-1)))
 
     def _wants_dense_gradient(self) -> bool:
         return self._rule.watches(self.step_count) or (self._rule.needs_dense_gradient and self._due())
@@ -227,24 +239,30 @@ class MaskScheduler:
                 MaskUpdate(step=self.step_count, drop_fraction=fraction, layers=tuple(moved), milliseconds=spent)
             )
 
-    def _view(self, one: Attachment, gradient: Tensor | None = None, scale: float | None = None) -> LayerView:
-        """``gradient`` is the dense one of this process; the layer's own is divided by ``scale``, the gradient scaler's by custom."""
+    def _view(self, one: Attachment, gradient: Tensor | Entries | None = None, scale: float | None = None) -> LayerView:
+        """``gradient`` is the dense one, of this process, or what is needed of that of all; the layer's own is divided by ``scale``, the
+        gradient scaler's by custom."""
         layer = one.layer
         own = layer.values.grad
         scale = _scale_of(self._optimizer) if scale is None else scale
         return LayerView(
             name=one.name, shape=layer.weight_shape, structure=layer.structure, index=layer.index,
             slot_values=layer.values.detach(), slot_gradient=own if own is None or scale == 1 else own / scale,
-            fetch=None if gradient is None else lambda: gradients.averaged(gradient.to_dense()),
+            fetch=None if gradient is None else functools.partial(self._dense, gradient),
+            growable=gradient.places if isinstance(gradient, Entries) else None,
             memory=self._memory[one.name], step=self.step_count,
             seed=criteria.stream(self.method.seed, one.name, self.step_count),
         )  # fmt: skip
 
-    def _movable(self, found: Mapping[str, Tensor | None]) -> list[Attachment]:
+    def _dense(self, gradient: Tensor | Entries) -> Tensor:
+        """The mean over all ranks, of which entries are taken already."""
+        return gradient.dense() if isinstance(gradient, Entries) else gradients.averaged(gradient)
+
+    def _movable(self, found: Mapping[str, Tensor | Entries | None]) -> list[Attachment]:
         """The layers whose masks can move now. A number that is not finite anywhere stops the whole update."""
         conditions = []
         for one in self._layers:
-            wanted: list[Tensor | None] = [one.layer.values]
+            wanted: list[Tensor | Entries | None] = [one.layer.values]
             if self._wants_dense_gradient():
                 wanted.append(found[one.name])
             if self._rule.needs_gradient:
@@ -260,7 +278,7 @@ class MaskScheduler:
         if missing:
             why = (
                 "no gradient came (is the layer used in the forward pass? was the module compiled and called "
-                "before sift.schedule?), so the mask rests, of"
+                "before sift.schedule?), or more backward passes than in any step before, so the mask rests, of"
             )
             self._skip("missing", len(missing), why, missing)
         return [one for one in self._layers if one.name not in missing]
@@ -298,13 +316,12 @@ class MaskScheduler:
             listener(record)
 
     def _claim(self) -> None:
-        probes = [one.hook.probe for one in self._layers if one.hook is not None]
-        if any(probe.claimed for probe in probes):
+        if any(one.claimed for one in self._layers):
             raise UserError(
                 "Another mask scheduler moves the masks of this module already. Call its remove() first, or keep using it."
             )
-        for probe in probes:
-            probe.claimed = True
+        for one in self._layers:
+            one.claim()
 
     # --- saving and resuming ----------------------------------------------------------------------------------------
 
@@ -348,6 +365,8 @@ class MaskScheduler:
             ) from error
         self.updates, self.step_count, self.skipped, self._layer_updates = updates, step_count, skipped, layer_updates
         self._memory = memory
+        for one in self._layers:
+            one.claim()
         self._prepare_step()
 
     def _restored(self, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Memory]:
@@ -365,7 +384,8 @@ class MaskScheduler:
             )
         mine = _plain(self.method)
         theirs = dict(state["method"])
-        if mine != theirs:
+        # How gradients are held changes no mask.
+        if {**mine, "accumulates": None} != {**theirs, "accumulates": None}:
             raise UserError(
                 f"The saved masks were moved by {_shown(theirs)}, this scheduler is {_shown(mine)}. To resume, call "
                 "sift.schedule with the saved method and options; to start another schedule, do not load its state."

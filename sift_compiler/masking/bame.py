@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from sift_compiler.errors import UserError
-from sift_compiler.ir.mask_structure import NM
-from sift_compiler.masking import criteria, schedules
+from sift_compiler.ir.mask_structure import NM, best_units
+from sift_compiler.masking import criteria, needed, schedules
 from sift_compiler.masking.layer import LayerView
 from sift_compiler.masking.rule import Choice, DynamicMethod, Kinds, Target, chosen
 
@@ -53,6 +53,21 @@ class BAME(DynamicMethod):
     def grow_scores(self, layer: LayerView, candidates: Tensor) -> Tensor:
         """|g| at each candidate, in the first phase."""
         return criteria.magnitude(layer.dense_gradient[candidates])
+
+    def reduces(self, layer: LayerView) -> bool:
+        """Always."""
+        return True
+
+    def needed(self, layer: LayerView, gradient: Tensor) -> Tensor:
+        """g of the active weights, and of every block the n largest |g| elsewhere: no more can be swapped in."""
+        if layer.step < self.adapt_from:
+            (target,) = self.targets([layer], layer.step)
+            return needed.by_magnitude(layer, gradient, target.active - target.survivors)
+        layout = layer.structure.layout(layer.shape).to(gradient.device)[..., 0]
+        rooms = torch.full((len(layout),), layer.structure.most(layer.shape), device=gradient.device)
+        free = ~layer.mask()[layout]
+        best = best_units(criteria.magnitude(gradient)[layout], free, rooms, free.numel())
+        return torch.cat([layer.positions, layout[best]])
 
     def choose(self, layer: LayerView, target: Target) -> Choice:
         """RigL's choice at first, swaps within blocks later."""
@@ -101,9 +116,11 @@ def swaps(layer: LayerView, layout: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
     weight[layer.positions] = layer.values.double()
     reach = weight.abs().sum() / max(1, layer.active)
     costs = (weight * gradient).abs()[layout].masked_fill(~mask, torch.inf)
-    gains = (gradient.abs() * reach)[layout].masked_fill(mask, -torch.inf)
+    sizes = gradient.abs()[layout].masked_fill(mask, -torch.inf)
     cost, leaving = costs.sort(dim=1, stable=True)
-    gain, coming = gains.sort(dim=1, descending=True, stable=True)
+    # Sorted before they are multiplied, which may round two to the same.
+    size, coming = sizes.sort(dim=1, descending=True, stable=True)
+    gain = torch.where(size.isfinite(), size * reach, -torch.inf)
     # Costs rise and gains fall along a block, so the pairs that pay come first.
     pays = (gain > cost) & cost.isfinite() & gain.isfinite()
     total = torch.where(pays, gain - cost, 0.0).sum(1)

@@ -23,6 +23,7 @@ from sift_compiler.errors import UserError
 from sift_compiler.ir.mask_structure import NM, Unstructured, best_units, scattered
 from sift_compiler.masking import criteria
 from sift_compiler.masking.layer import LayerView
+from sift_compiler.masking.needed import largest_elsewhere
 from sift_compiler.masking.rule import Choice, Kinds, MovingMethod, Target, chosen
 
 
@@ -54,6 +55,21 @@ class BiDST(MovingMethod):
     def targets(self, layers: list[LayerView], step: int) -> list[Target]:  # type: ignore[override]
         """As many as ever."""
         return [Target(layer.active, layer.active) for layer in layers]
+
+    def reduces(self, layer: LayerView) -> bool:
+        """Always."""
+        return True
+
+    def needed(self, layer: LayerView, gradient: Tensor) -> Tensor:
+        """g of all that has a score, and the largest |g| elsewhere, from which new candidates are taken: twice where the first are, too."""
+        members, times = layer.memory.get("members"), 1
+        if members is None:
+            members, times = layer.positions, 2
+        new = largest_elsewhere(gradient, members, times * self._wanted(layer), layer.stream("candidates"))
+        return torch.cat([members, new])
+
+    def _wanted(self, layer: LayerView) -> int:
+        return int(self.candidates * layer.active + 1e-9)
 
     def choose(self, layer: LayerView, target: Target) -> Choice:
         """Learn the scores; move the mask if enough of it wants to."""
@@ -104,7 +120,7 @@ class BiDST(MovingMethod):
         self, layer: LayerView, mask: Tensor, members: Tensor, scores: Tensor
     ) -> tuple[Tensor, Tensor]:
         free = (~mask).nonzero().squeeze(1)
-        count = min(free.numel(), int(self.candidates * layer.active + 1e-9))
+        count = min(free.numel(), self._wanted(layer))
         size = criteria.magnitude(layer.dense_gradient[free])
         new = free[criteria.largest(size, free, count, layer.stream("candidates"))]
         return torch.cat([members, new]), torch.cat([scores, scores.new_zeros(count)])

@@ -46,12 +46,12 @@ def magnitude(tensor: Tensor) -> Tensor:
     return tensor.detach().abs()
 
 
-def largest(scores: Tensor, positions: Tensor, count: int, seed: int) -> Tensor:
+def largest(scores: Tensor, positions: Tensor | None, count: int, seed: int) -> Tensor:
     """Choose the ``count`` largest of ``scores`` [n]; among equals the larger :func:`priority` of ``positions`` [n] wins.
 
     Args:
         scores: finite numbers [n].
-        positions: where each stands in the flattened dense weight, distinct integers [n].
+        positions: where each stands in the flattened dense weight, distinct integers [n]; None: 0, 1, …
         count: how many to choose, at most n.
         seed: a seed of :func:`stream`.
 
@@ -66,7 +66,8 @@ def largest(scores: Tensor, positions: Tensor, count: int, seed: int) -> Tensor:
     tied = (scores == threshold).nonzero().squeeze(1)
     wanted = count - int(chosen.sum())
     if wanted < tied.numel():
-        tied = tied[priority(positions[tied], seed).argsort(descending=True)[:wanted]]
+        places = tied if positions is None else positions[tied]
+        tied = tied[priority(places, seed).argsort(descending=True)[:wanted]]
     chosen[tied] = True
     return chosen
 

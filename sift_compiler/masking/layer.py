@@ -29,6 +29,7 @@ class LayerView:
         slot_values: [slots].
         slot_gradient: [slots] or None, the gradient of ``slot_values`` as the optimizer saw it, unscaled.
         fetch: returns the dense gradient [numel], the mean over all ranks; None if the method asks for none.
+        growable: int32 [n] or None; entries besides which ``fetch`` returns zeros, because no choice can depend on them.
         memory: what the method keeps of this layer.
         step: optimizer steps before this one.
         seed: differs between layers and steps.
@@ -41,6 +42,7 @@ class LayerView:
     slot_values: Tensor
     slot_gradient: Tensor | None = None
     fetch: Callable[[], Tensor] | None = None
+    growable: Tensor | None = None
     memory: Memory = field(default_factory=dict)
     step: int = 0
     seed: int = 0

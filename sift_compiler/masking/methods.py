@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from sift_compiler.errors import UnsupportedError
-from sift_compiler.ir.mask_structure import Unstructured
-from sift_compiler.masking import criteria
+from sift_compiler.ir.mask_structure import TransposableNM
+from sift_compiler.masking import criteria, needed
 from sift_compiler.masking.bame import BAME
 from sift_compiler.masking.bidst import BiDST
 from sift_compiler.masking.gradual import GMP, GraNet
@@ -31,21 +30,14 @@ class GradientGrowth(Rule):
         """|g| at each candidate; g is the mean over all ranks."""
         return criteria.magnitude(layer.dense_gradient[candidates])
 
-    def reduced(self, layer: LayerView, gradient: Tensor) -> Tensor | None:
-        """g of the active weights, any of which may be dropped and grown again, and the largest |g| elsewhere: as many as can grow.
+    def reduces(self, layer: LayerView) -> bool:
+        """All structures but the transposable one."""
+        return not isinstance(layer.structure, TransposableNM)
 
-        Ties are broken as :meth:`choose` breaks them, so it chooses the same.
-        """
-        if not isinstance(layer.structure, Unstructured):
-            return None
+    def needed(self, layer: LayerView, gradient: Tensor) -> Tensor:
+        """g of the active weights, any of which may be dropped and grown again, and the largest |g| elsewhere."""
         (target,) = self.targets([layer], layer.step)
-        free = (~layer.mask()).nonzero().squeeze(1)
-        flat = gradient.reshape(-1)
-        count = min(free.numel(), target.active - target.survivors)
-        scores = criteria.magnitude(flat[free])
-        best = free[criteria.largest(scores, free, count, layer.stream("grow"))]
-        places = torch.cat([layer.positions, best])
-        return torch.sparse_coo_tensor(places[None], flat[places], (layer.numel,), check_invariants=False)
+        return needed.by_magnitude(layer, gradient, target.active - target.survivors)
 
 
 METHODS: Mapping[str, type[MaskMethod]] = {

@@ -116,12 +116,14 @@ class Rule:
     def begin(self, layer: LayerView) -> None:
         """Once, before the first step: check the layer, fill its memory."""
 
-    def reduced(self, layer: LayerView, gradient: Tensor) -> Tensor | None:
-        """A sparse tensor [numel] that serves :meth:`choose` as well as the dense ``gradient``; None where the whole is needed.
+    def reduces(self, layer: LayerView) -> bool:
+        """Whether :meth:`needed` can say which entries of the dense gradient this update can depend on; if not, all are held until then."""
+        return False
 
-        Asked for inside the backward pass, once per update, if the method's ``accumulates`` is False.
-        """
-        return None
+    def needed(self, layer: LayerView, gradient: Tensor) -> Tensor:
+        """Those entries, int64 [n], given all of the dense ``gradient`` [numel] but not yet the step of the optimizer that comes before the
+        choice. :meth:`choose` finds zeros elsewhere, and must choose the same."""
+        raise NotImplementedError
 
     def watches(self, step: int) -> bool:
         """Whether :meth:`watch` wants the dense gradient of this step, be masks due or not."""

@@ -51,9 +51,14 @@ def newcomers(
     seed = layer.stream("grow")
     taken = torch.zeros(layer.numel, dtype=torch.bool, device=layer.index.device)
     taken[layer.positions if exclude_just_dropped else layer.positions[kept]] = True
-    candidates = (~taken).nonzero().squeeze(1)
+    unstructured = isinstance(layer.structure, Unstructured)
+    if unstructured and layer.growable is not None:
+        candidates = layer.growable.long()
+        candidates = candidates[~taken[candidates]]
+    else:
+        candidates = (~taken).nonzero().squeeze(1)
     scores = score(candidates)
-    if isinstance(layer.structure, Unstructured):
+    if unstructured:
         return candidates[criteria.largest(scores, candidates, count, seed)]
     dense = torch.zeros(layer.numel, dtype=torch.float64, device=taken.device)
     dense[candidates] = scores.double()

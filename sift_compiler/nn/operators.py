@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sift_compiler.nn import live, reference
-from sift_compiler.nn.growth import armed_probe
+from sift_compiler.nn import growth, live, reference
 
 Ints = Sequence[int]
 
@@ -75,11 +74,14 @@ def conv2d_values_gradient(
     padding: Sequence[int], dilation: Sequence[int], groups: int, probe: int = 0, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
     """dL/dvalues [slots] of :func:`conv2d`; leaves the dense gradient in the probe if that is armed."""
-    kernel = _gradients_without_probe(kernel_handle, probe)
+    wanted = growth.notice(probe)
+    # Where the dense gradient is wanted it holds that of the kept values, too.
+    kernel = live.gradients(kernel_handle) if wanted is None else None
     if kernel is not None:
         return kernel.values_gradient(gradient, x, index)
     dense = reference.conv2d_weight_gradient(gradient, x, shape, stride, padding, dilation, groups)
-    _deliver(probe, dense)
+    if wanted is not None:
+        wanted.add(dense)
     return reference.gather(dense, index)
 
 
@@ -138,28 +140,20 @@ def linear_values_gradient(
     gradient: Tensor, x: Tensor, index: Tensor, shape: Sequence[int], probe: int = 0, kernel_handle: int = 0
 ) -> Tensor:
     """dL/dvalues [slots] of :func:`linear`; leaves the dense gradient in the probe if that is armed."""
-    kernel = _gradients_without_probe(kernel_handle, probe)
+    wanted = growth.notice(probe)
+    # Where the dense gradient is wanted it holds that of the kept values, too.
+    kernel = live.gradients(kernel_handle) if wanted is None else None
     if kernel is not None:
         return kernel.values_gradient(gradient, x, index)
     dense = reference.linear_weight_gradient(gradient, x)
-    _deliver(probe, dense)
+    if wanted is not None:
+        wanted.add(dense)
     return reference.gather(dense, index)
 
 
 @linear_values_gradient.register_fake
 def _(gradient: Tensor, x: Tensor, index: Tensor, shape: Ints, probe: int = 0, kernel_handle: int = 0) -> Tensor:
     return gradient.new_empty(index.shape)
-
-
-def _gradients_without_probe(handle: int, probe: int) -> live.GradientKernel | None:
-    """The kernel that computes the gradient of kept values; None while the probe wants the dense gradient, which holds it anyway."""
-    return None if armed_probe(probe) is not None else live.gradients(handle)
-
-
-def _deliver(handle: int, dense: Tensor) -> None:
-    probe = armed_probe(handle)
-    if probe is not None:
-        probe.add(dense)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------
