@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         SparseWide,
         Static,
     )
+    from sift_compiler.recorder import Recorder
     from sift_compiler.report import report
     from sift_compiler.rewrite import rewrite
     from sift_compiler.schedule import schedule
@@ -67,6 +68,7 @@ _HOMES = {
     "NM": "ir.mask_structure",
     "PassError": "errors",
     "Pattern": "ir.pattern",
+    "Recorder": "recorder",
     "RigL": "options",
     "RuntimeBuildError": "errors",
     "SET": "options",
@@ -123,6 +125,7 @@ __all__ = [
     "MovingMethod",
     "PassError",
     "Pattern",
+    "Recorder",
     "RigL",
     "RuntimeBuildError",
     "SRigL",

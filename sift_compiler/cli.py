@@ -22,6 +22,7 @@ from sift_compiler.options import SIGMAS, TRANSFORMATIONS, Transformation, from_
 
 if TYPE_CHECKING:
     from sift_compiler.commands.inspection import Inspection
+    from sift_compiler.commands.mask_history import MaskHistory
     from sift_compiler.commands.timing import LayerTime
 
 # torch, TVM and the model are imported by the command that needs them: sift --help is instant, and sift doctor runs without them.
@@ -122,6 +123,11 @@ def inspect(
     as_json: _Json = False,
 ) -> None:
     """Show the layers of MODEL, dense or sparse: sizes, sparsity, FLOPs; with --times also tiles, times and break-even."""
+    from sift_compiler.commands.mask_history import is_mask_report, read_report, saved_history
+
+    if is_mask_report(model):
+        _show_masks(read_report(Path(model)), as_json)
+        return
     with _busy("Reading"):
         from sift_compiler.commands.inspection import inspect_model
         from sift_compiler.commands.model_source import find_model
@@ -130,11 +136,17 @@ def inspect(
         inputs = _inputs(found, input_)
         inspection = inspect_model(found, inputs)
         timed = _timed(found, inputs, threads) if times else ()
+        history = saved_history(model)
     if as_json:
         plain = inspection.to_plain()
+        if history is not None:
+            plain["masks"] = history.to_plain()
         typer.echo(json.dumps({**plain, "times": [each.to_plain() for each in timed]} if times else plain, indent=2))
         return
     _show_inspection(inspection)
+    if history is not None:
+        typer.echo()
+        _show_masks(history, as_json)
     if times:
         typer.echo()
         _show_table(
@@ -361,6 +373,17 @@ def _time_row(layer: LayerTime) -> tuple[str, ...]:
     )  # fmt: skip
     shown = ("-" if value is None else format(value, form) for value, form in numbers)
     return layer.path, "x".join(map(str, layer.input_shape)), layer.tile, *shown, layer.reason
+
+
+def _show_masks(history: MaskHistory, as_json: bool) -> None:
+    from sift_compiler.commands.mask_history import HEADS
+
+    if as_json:
+        typer.echo(json.dumps(history.to_plain(), indent=2))
+        return
+    if history.updates:
+        _show_table(HEADS, history.rows())
+    typer.echo(history.summary())
 
 
 def _show_inspection(inspection: Inspection) -> None:

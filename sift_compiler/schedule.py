@@ -27,15 +27,20 @@ from sift_compiler.masking.layer import LayerView, Memory
 from sift_compiler.masking.rule import Choice, Rule, Target
 from sift_compiler.masking.transition import Transition
 from sift_compiler.options import MaskMethod, RigL
+from sift_compiler.recorder import Recorder, Recording
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
+_EXPLORATION = "exploration of the recorder"
+"""Stands beside what a method remembers of a layer, in what is saved."""
 
 Listener = Callable[[MaskUpdate], None]
 
 
-def schedule(module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> MaskScheduler:
+def schedule(
+    module: nn.Module, optimizer: Optimizer, method: MaskMethod, *, recorder: Recorder | None = None
+) -> MaskScheduler:  # fmt: skip
     """Let the masks of ``module`` move on ``optimizer.step()``.
 
     Call it before the first call of a compiled module: the hooks that carry dense gradients become part of its graph.
@@ -45,6 +50,7 @@ def schedule(module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> Mas
         optimizer: one of torch.optim with per-weight state (SGD, Adam, AdamW, …) that holds the layers' ``values``; also inside a wrapper
             of Accelerate or Lightning.
         method: ``RigL(end_step=…)``, ``SET(end_step=…)``, ``Static()`` or another method; or one of your own (sift.OwnMethod).
+        recorder: where every update is written to, and how much of it is measured.
 
     Raises:
         UserError: an argument of the wrong kind, no sparse layer, values that the optimizer does not hold, a structure or storage that
@@ -64,7 +70,9 @@ def schedule(module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> Mas
         raise UserError(
             f"method must be an object such as sift.RigL(end_step=…), sift.SET(end_step=…) or sift.Static(), not {method!r}."
         )
-    return MaskScheduler(module, optimizer, method)
+    if recorder is not None and not isinstance(recorder, Recorder):
+        raise UserError(f"recorder must be a sift.Recorder(…), not {recorder!r}.")
+    return MaskScheduler(module, optimizer, method, recorder or Recorder())
 
 
 def schedulers_of(optimizer: Optimizer) -> list[MaskScheduler]:
@@ -84,7 +92,7 @@ class MaskScheduler:
             NaN or infinite, or because no backward pass reached the layer, or more did than in any step before.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, method: MaskMethod) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer, method: MaskMethod, recorder: Recorder) -> None:
         self.method = method
         rule = methods.rule_of(method)
         self._rule = Rule(method) if rule is None else rule
@@ -97,6 +105,7 @@ class MaskScheduler:
                 view = self._view(one)
                 rule.check_layer(view)
                 rule.begin(view)
+        self._recording = Recording(recorder, self._layers)
         self._claim()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -301,9 +310,11 @@ class MaskScheduler:
             for tensor in transition.per_weight_states(self._state_of(one), layer.values):
                 tensor[choice.forgotten] = 0
         self._layer_updates[one.name] += 1
-        return LayerUpdate(
-            name=one.name, active=change.active, dropped=change.dropped, grown=change.grown, regrown=change.regrown
-        )
+        update = LayerUpdate(
+            name=one.name, active=change.active, dropped=change.dropped, grown=change.grown, regrown=change.regrown,
+            numel=view.numel,
+        )  # fmt: skip
+        return self._recording.measured(update, layer.index)
 
     def _state_of(self, one: Attachment) -> Mapping[str, Any]:
         state: Mapping[str, Any] = self._optimizer.state.get(one.layer.values, {})
@@ -312,6 +323,7 @@ class MaskScheduler:
     def _record(self, record: MaskUpdate) -> None:
         self.updates = [*self.updates, record] if self._rule.keeps_history else [record]
         log.debug("Mask update at step %d: %d weights moved, %.1f ms", record.step, record.dropped, record.milliseconds)
+        self._recording.record(record, _plain(self.method))
         for listener in list(self._listeners):
             listener(record)
 
@@ -341,7 +353,7 @@ class MaskScheduler:
                 for one in self._layers
             },
             "updates": [record.to_plain() for record in self.updates],
-            "memory": {name: {key: tensor.clone() for key, tensor in kept.items()} for name, kept in self._memory.items() if kept},
+            "memory": self._remembered(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -358,6 +370,8 @@ class MaskScheduler:
             skipped = {kind: int(state["skipped"][kind]) for kind in self.skipped}
             layer_updates = {name: int(layer["updates"]) for name, layer in state["layers"].items()}
             memory = self._restored(state["memory"])
+            explored = {name: kept.pop(_EXPLORATION) for name, kept in memory.items() if _EXPLORATION in kept}
+            self._recording.restore(explored)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise StaleArtifactError(
                 f"This is not the state of a mask scheduler, or it is damaged ({type(error).__name__}: {error}). "
@@ -365,9 +379,16 @@ class MaskScheduler:
             ) from error
         self.updates, self.step_count, self.skipped, self._layer_updates = updates, step_count, skipped, layer_updates
         self._memory = memory
+        self._recording.reopen()
         for one in self._layers:
             one.claim()
         self._prepare_step()
+
+    def _remembered(self) -> dict[str, Memory]:
+        made = {name: {key: tensor.clone() for key, tensor in kept.items()} for name, kept in self._memory.items()}
+        for name, flags in self._recording.flags.items():
+            made[name][_EXPLORATION] = flags.clone()
+        return {name: kept for name, kept in made.items() if kept}
 
     def _restored(self, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Memory]:
         devices = {one.name: one.layer.index.device for one in self._layers}

@@ -16,7 +16,7 @@ import sift_compiler as sift
 
 NAMES = {
     "BAME", "BiDST", "Block", "Channel", "CompileOptions", "ConstantFanIn", "DynamicMethod", "GMP", "GraNet",
-    "LowRank", "MEST", "MovingMethod", "NM", "PassError", "Pattern", "RigL", "RuntimeBuildError", "SET", "SNFS",
+    "LowRank", "MEST", "MovingMethod", "NM", "PassError", "Pattern", "Recorder", "RigL", "RuntimeBuildError", "SET", "SNFS",
     "SRSTE", "SRigL", "SiftError", "SparseConv2d", "SparseDoped", "SparseFactorized", "SparseLinear",
     "SparseParallel", "SparseWide", "StaleArtifactError", "Static", "TopKAST", "TransposableNM", "Unstructured",
     "UnsupportedError", "UserError", "compact", "dense_state_dict", "dense_storage", "densify", "export", "from_masked",

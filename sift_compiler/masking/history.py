@@ -20,6 +20,18 @@ class LayerUpdate:
     grown: int
     regrown: int
     """Weights that were dropped and grown again at once; they are counted in both."""
+    numel: int | None = None
+    """Entries of the dense weight; None in records of earlier versions."""
+    explored: int | None = None
+    """This and the following only with Recorder(exploration=True), see :class:`sift_compiler.masking.exploration.Exploration`."""
+    oscillated: int | None = None
+    revisited: int | None = None
+    iou_initial: float | None = None
+
+    @property
+    def density(self) -> float | None:
+        """Kept share of the dense weight, in [0, 1]."""
+        return self.active / self.numel if self.numel else None
 
     @property
     def iou(self) -> float:
@@ -54,6 +66,28 @@ class MaskUpdate:
     def grown(self) -> int:
         """Weights grown in all layers."""
         return sum(layer.grown for layer in self.layers)
+
+    @property
+    def regrown(self) -> int:
+        """Weights that were dropped and grown again at once, in all layers."""
+        return sum(layer.regrown for layer in self.layers)
+
+    def total(self, name: str) -> int | None:
+        """The sum of a number of the layers, e.g. ``"oscillated"``; None where one of them does not have it."""
+        found = [getattr(layer, name) for layer in self.layers]
+        return None if not found or any(each is None for each in found) else sum(found)
+
+    @property
+    def density(self) -> float | None:
+        """Kept share of the entries of all layers that took part, in [0, 1]."""
+        numel = self.total("numel")
+        return sum(layer.active for layer in self.layers) / numel if numel else None
+
+    @property
+    def explored_fraction(self) -> float | None:
+        """R_s of Liu et al. 2021 over all layers that took part, in [0, 1]; None if it was not measured."""
+        explored, numel = self.total("explored"), self.total("numel")
+        return explored / numel if explored is not None and numel else None
 
     @property
     def iou(self) -> float:
