@@ -76,6 +76,7 @@ def raise_exported(exported: ExportedProgram) -> fx.GraphModule:
     """
     with _without_export_warnings():
         module = exported.module()
+    _tie(module)
     graph_module = _owned_copy(module)
     for name in exported.graph_signature.non_persistent_buffers:
         path, _, buffer = name.rpartition(".")
@@ -86,6 +87,17 @@ def raise_exported(exported: ExportedProgram) -> fx.GraphModule:
     graph_module.train()
     _report_frozen_norms(graph_module)
     return graph_module
+
+
+def _tie(module: fx.GraphModule) -> None:
+    """Make parameters in the same memory one again: a program that was read from a file has an object for each of their names."""
+    known: dict[tuple[object, ...], nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is None or parameter.is_meta or not parameter.numel():
+                continue
+            place = (parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
+            part._parameters[name] = known.setdefault(place, parameter)
 
 
 def _report_frozen_norms(graph_module: fx.GraphModule) -> None:

@@ -52,6 +52,10 @@ _Input = Annotated[
     list[str] | None,
     typer.Option("--input", help="Element type and sizes, batch first: 'f32[16,3,224,224]'. Once per input."),
 ]
+_Report = Annotated[
+    Path | None,
+    typer.Option("--report", help="Where the report goes: .html one page that needs no other file, .json or .txt."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -82,6 +86,7 @@ def rewrite(
     dense: Annotated[list[str] | None, typer.Option(help="Layers that stay dense, e.g. 'layer1.*'. Repeatable.")] = None,
     pin: Annotated[list[str] | None, typer.Option(help="Modules or nodes whose sizes stay. Repeatable. wide, low-rank.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the sparse model goes (.pt2); without it only the report is shown.")] = None,
+    report: _Report = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would become of every layer, and why.")] = False,
     as_json: _Json = False,
 ) -> None:  # fmt: skip
@@ -93,25 +98,36 @@ def rewrite(
     if dry_run:
         if out is not None:
             raise UserError("--dry-run makes nothing that could go to --out; leave one of them out.")
+        if report is not None:
+            raise UserError(
+                "--dry-run makes nothing that --report could tell of; leave one of them out, or add --json."
+            )
         _show_plan(model, input_, options, as_json)
         return
     with _busy("Rewriting"):
         from sift_compiler.commands.model_source import find_model
-        from sift_compiler.report import report
+        from sift_compiler.report import report as report_on
+        from sift_compiler.reporting.model import check_suffix
         from sift_compiler.rewrite import rewrite as rewrite_model
         from sift_compiler.storage import save
 
+        if report is not None:
+            check_suffix(report)
         found = find_model(model)
         inputs = _inputs(found, input_)
         sparse = rewrite_model(found, inputs, options)
-        made = report(found, sparse, inputs)
+        made = report_on(found, sparse, inputs, name=Path(model).name)
         if out is not None:
             save(sparse, out)
+        if report is not None:
+            made.save(report)
     if as_json:
-        typer.echo(json.dumps({**json.loads(made.to_json()), "file": None if out is None else str(out)}, indent=2))
+        files = {"file": None if out is None else str(out), "report": None if report is None else str(report)}
+        typer.echo(json.dumps({**json.loads(made.to_json()), **files}, indent=2))
     else:
         typer.echo(str(made))
         typer.echo(f"\nSaved {out}" if out is not None else "\nNothing was saved: give --out FILE.pt2.")
+        _tell_report(report)
 
 
 @app.command()
@@ -120,6 +136,7 @@ def inspect(
     input_: _Input = None,
     times: Annotated[bool, typer.Option("--times", help="Time the sparse layers on this machine.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads for --times; torch's own choice without it.")] = None,
+    report: _Report = None,
     as_json: _Json = False,
 ) -> None:
     """Show the layers of MODEL, dense or sparse: sizes, sparsity, FLOPs; with --times also tiles, times and break-even."""
@@ -131,10 +148,15 @@ def inspect(
     with _busy("Reading"):
         from sift_compiler.commands.inspection import inspect_model
         from sift_compiler.commands.model_source import find_model
+        from sift_compiler.reporting.model import check_suffix
 
+        if report is not None:
+            check_suffix(report)
         found = find_model(model)
         inputs = _inputs(found, input_)
-        inspection = inspect_model(found, inputs)
+        inspection = inspect_model(found, inputs, name=Path(model).name, execute=report is not None)
+        if report is not None:
+            inspection.report.save(report)
         timed = _timed(found, inputs, threads) if times else ()
         history = saved_history(model)
     if as_json:
@@ -153,6 +175,7 @@ def inspect(
             ("layer", "input", "tile", "µs", "of peak", "dense µs", "break-even", "why"),
             [_time_row(each) for each in timed],
         )
+    _tell_report(report)
 
 
 @app.command()
@@ -405,6 +428,11 @@ def _show_inspection(inspection: Inspection) -> None:
         )
     if inspection.balance is not None:
         typer.echo(f"balanced for {inspection.balance.dense_flops:,} FLOPs of the dense model's example")
+
+
+def _tell_report(path: Path | None) -> None:
+    if path is not None:
+        typer.echo(f"Report {path}")
 
 
 def _busy(what: str) -> AbstractContextManager[object]:

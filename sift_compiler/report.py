@@ -2,214 +2,79 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from sift_compiler.capture import raise_exported
-from sift_compiler.errors import UserError
+from sift_compiler.errors import SiftError, UserError
 from sift_compiler.ir import annotations as notes
+from sift_compiler.ir.activation_memory import activation_memory
+from sift_compiler.ir.annotations import LayerDecision
 from sift_compiler.ir.flops import FlopCount, count_flops
 from sift_compiler.ir.inputs import Inputs, as_inputs
+from sift_compiler.ir.mask_structure import UNSTRUCTURED
+from sift_compiler.ir.training_state import OPTIMIZERS, training_state
 from sift_compiler.nn import SparseLayer
+from sift_compiler.nn.multiply_adds import MultiplyAdds, executed_multiply_adds
+from sift_compiler.reporting.layers import LayerReport, ReplacementReport
+from sift_compiler.reporting.model import Activations, FlopCheck, Report, TrainingStates
+
+__all__ = ["LayerReport", "ReplacementReport", "Report", "report"]
 
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, SparseLayer)
 
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One convolution or linear layer, before and after.
-
-    Attributes:
-        path: module path, the same in both models.
-        kind: class of the layer after the rewrite.
-        shape_before: shape of the dense weight in the dense model, or None if the dense model has no such layer.
-        shape_after: shape of the dense weight in the sparse model (what the mask chooses from).
-        sparsity: removed share of ``shape_after``, in [0, 1].
-        kept: weights the layer has, bias excluded.
-        flops_before: FLOPs of the layer's calls in one forward pass of the dense model.
-        flops_after: the same in the sparse model, of kept weights only.
-        reason: why the layer is sparse or dense; empty where the model does not tell (a saved model).
-        origin: path of the layer of the dense model in whose place it stands with others; empty for a layer that is one itself.
-    """
-
-    path: str
-    kind: str
-    shape_before: tuple[int, ...] | None
-    shape_after: tuple[int, ...]
-    sparsity: float
-    kept: int
-    flops_before: int
-    flops_after: int
-    reason: str
-    origin: str = ""
-
-    @property
-    def search_space(self) -> int:
-        """Weights a mask may choose from: all of a sparse layer's, none of a dense one's."""
-        return _numel(self.shape_after) if self.kind.startswith("Sparse") else 0
-
-
-@dataclass(frozen=True)
-class ReplacementReport:
-    """One layer of the dense model, and the several that stand in its place.
-
-    Attributes:
-        path: module path of the layer, of their container now.
-        summary: what stands in its place.
-        shape_before: shape of the dense weight, or None if the dense model has no such layer.
-        flops_before: FLOPs of the layer's calls in one forward pass of the dense model.
-        parts: the layers in its place, each with its path.
-    """
-
-    path: str
-    summary: str
-    shape_before: tuple[int, ...] | None
-    flops_before: int
-    parts: tuple[LayerReport, ...]
-
-    @property
-    def flops_after(self) -> int:
-        """FLOPs of all parts."""
-        return sum(part.flops_after for part in self.parts)
-
-    @property
-    def kept(self) -> int:
-        """Weights of all parts, biases excluded."""
-        return sum(part.kept for part in self.parts)
-
-    @property
-    def search_space(self) -> int:
-        """Weights the masks of the parts may choose from (the cardinality of Sparse-IFT, Sec. 3.1)."""
-        return sum(part.search_space for part in self.parts)
-
-    def to_plain(self) -> dict[str, Any]:
-        """Everything but the parts' own numbers, as plain data."""
-        return {
-            "path": self.path, "summary": self.summary, "shape_before": self.shape_before, "flops_before": self.flops_before,
-            "flops_after": self.flops_after, "kept": self.kept, "search_space": self.search_space,
-            "parts": [part.path for part in self.parts],
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Report:
-    """A dense model and the sparse one made of it.
-
-    FLOPs are those of one forward pass of the example inputs by ``torch.utils.flop_counter``: 2 per multiply-add of convolutions,
-    linear layers and matrix products, of kept weights only.
-
-    Attributes:
-        dense_flops: of the dense model.
-        sparse_flops: of the sparse model.
-        dense_parameters: numbers of parameters of the dense model, shared ones counted once.
-        sparse_parameters: the same of the sparse model; of a sparse layer, its kept weights.
-        dense_bytes: memory of parameters and buffers of the dense model.
-        sparse_bytes: the same of the sparse model, positions of kept weights included.
-        layers: every convolution and linear layer of the sparse model.
-        replacements: the layers of the dense model that became several.
-    """
-
-    dense_flops: int
-    sparse_flops: int
-    dense_parameters: int
-    sparse_parameters: int
-    dense_bytes: int
-    sparse_bytes: int
-    layers: tuple[LayerReport, ...]
-    replacements: tuple[ReplacementReport, ...] = ()
-
-    @property
-    def ratio(self) -> float:
-        """FLOPs of the sparse model over those of the dense one; 1 is iso-FLOP."""
-        return self.sparse_flops / self.dense_flops
-
-    @property
-    def sparsity(self) -> float:
-        """Removed share of the dense weights of all sparse layers together, in [0, 1]."""
-        available = sum(_numel(layer.shape_after) for layer in self._sparse)
-        return 1 - sum(layer.kept for layer in self._sparse) / available if available else 0.0
-
-    @property
-    def search_space(self) -> int:
-        """Weights the masks may choose from, over all sparse layers (the cardinality of Sparse-IFT, Sec. 3.1)."""
-        return sum(layer.search_space for layer in self.layers)
-
-    @property
-    def _sparse(self) -> tuple[LayerReport, ...]:
-        return tuple(layer for layer in self.layers if layer.kind.startswith("Sparse"))
-
-    def to_json(self) -> str:
-        """Everything, as a JSON object."""
-        totals = {"ratio": self.ratio, "sparsity": self.sparsity, "search_space": self.search_space}
-        plain = {
-            **dataclasses.asdict(self),
-            "layers": [{**dataclasses.asdict(layer), "search_space": layer.search_space} for layer in self.layers],
-            "replacements": [each.to_plain() for each in self.replacements],
-        }
-        return json.dumps({**totals, **plain}, indent=2)
-
-    def __str__(self) -> str:
-        """An aligned table, totals below."""
-        head = (
-            "layer",
-            "kind",
-            "weight before",
-            "weight after",
-            "sparsity",
-            "kept",
-            "chosen from",
-            "MFLOPs before",
-            "after",
-            "why",
-        )
-        wholes = {each.path: each for each in self.replacements}
-        rows: list[tuple[str, ...]] = []
-        for layer in self.layers:
-            whole = wholes.pop(layer.origin, None)
-            rows += [_whole_cells(whole)] if whole is not None else []
-            rows.append(_cells(layer))
-        totals = (
-            f"FLOPs       {self.dense_flops:>16,} → {self.sparse_flops:>16,}   ratio {self.ratio:.6f}\n"
-            f"parameters  {self.dense_parameters:>16,} → {self.sparse_parameters:>16,}\n"
-            f"bytes       {self.dense_bytes:>16,} → {self.sparse_bytes:>16,}\n"
-            f"sparsity of the sparse layers {self.sparsity:.6f}; masks choose from {self.search_space:,} weights"
-        )
-        return f"{_table(head, rows)}\n\n{totals}"
+Executed = Mapping[str, MultiplyAdds]
 
 
 def report(
     model: nn.Module | ExportedProgram,
     sparse: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any],
+    *,
+    name: str | None = None,
+    execute: bool = True,
 ) -> Report:
     """Compare ``model`` with ``sparse``, its rewrite.
 
+    Sizes, FLOPs and memory are told without computing. Then ``sparse`` runs once on the example inputs, in eval mode, and the
+    multiply-adds that its sparse layers execute are compared with their FLOPs.
+
     Args:
-        model: the dense model, or the program it was exported to.
+        model: the dense model, or the program it was exported to. ``sparse`` itself, if there is no dense one to compare with.
         sparse: what ``rewrite`` made of it, or ``load`` brought back.
-        example_inputs: positional arguments of both, the only one, or a dict of keyword arguments; nothing is computed with
-            them but sizes.
+        example_inputs: positional arguments of both, the only one, or a dict of keyword arguments.
+        name: what to call the model; the name of its class without it.
+        execute: whether to run ``sparse``. False saves the time of a forward pass and leaves ``Report.check`` None, as does a model
+            on the meta device.
 
     Raises:
         UserError: one of the models does not run on the example inputs, or the dense model costs nothing.
+        SiftError: the FLOPs of a sparse layer are not twice what it executed.
     """
     inputs = as_inputs(example_inputs)
     dense = raise_exported(model) if isinstance(model, ExportedProgram) else model
-    before, after = _counted(dense, inputs, "model"), _counted(sparse, inputs, "sparse")
+    before = _counted(dense, inputs, "model")
+    after = before if sparse is dense else _counted(sparse, inputs, "sparse")
     if not before.total:
         raise UserError(
             "The dense model has no convolution, linear layer or matrix product, so there is no ratio of FLOPs."
         )
-    layers = _layers(dense, sparse, before, after)
+    executed = _executed(sparse, inputs) if execute else {}
+    layers = _layers(dense, sparse, before, after, executed)
     return Report(
         before.total, after.total, _parameters(dense), _parameters(sparse), _bytes(dense), _bytes(sparse),
         tuple(layers), _replacements(dense, sparse, before, layers),
+        name=name or type(dense).__name__, example=_described(inputs), activations=_activations(dense, sparse, inputs),
+        training={
+            optimizer: TrainingStates(training_state(dense, make), training_state(sparse, make))
+            for optimizer, make in OPTIMIZERS.items()
+        },
+        check=_check(after, executed), compared=dense is not sparse,
     )  # fmt: skip
 
 
@@ -222,51 +87,133 @@ def _counted(module: object, inputs: Inputs, name: str) -> FlopCount:
         raise UserError(f"{name} ({type(module).__name__}) does not run on the example inputs: {error}") from error
 
 
-def _layers(dense: nn.Module, sparse: nn.Module, before: FlopCount, after: FlopCount) -> list[LayerReport]:
+def _executed(sparse: nn.Module, inputs: Inputs) -> Executed:
+    tensors = [*sparse.parameters(), *sparse.buffers(), *pytree.tree_leaves(inputs)]
+    if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors):
+        return {}
+    if not any(isinstance(layer, SparseLayer) for layer in sparse.modules()):
+        return {}
+    try:
+        return executed_multiply_adds(sparse, inputs)
+    except Exception as error:
+        raise UserError(
+            f"sparse ({type(sparse).__name__}) does not run on the example inputs: {error} "
+            "report(…, execute=False) looks at their sizes only."
+        ) from error
+
+
+def _check(after: FlopCount, executed: Executed) -> FlopCheck | None:
+    """FLOPs beside what was executed.
+
+    Raises:
+        SiftError: they differ.
+    """
+    for path, found in executed.items():
+        if after.of(path) != 2 * found.total:
+            raise SiftError(
+                f"Layer {path!r} has {after.of(path):,} FLOPs by formula, but executed {found.total:,} multiply-adds, which are "
+                f"{2 * found.total:,} FLOPs. A report with such numbers would be wrong. Either a formula is at fault, or the model "
+                "calls the layer another number of times on tensors with numbers than on tensors without: then report it with "
+                "execute=False."
+            )
+    if not executed:
+        return None
+    total = sum(executed.values(), MultiplyAdds(0))
+    return FlopCheck(sum(after.of(path) for path in executed), total.total, total.on_padding)
+
+
+def _activations(dense: nn.Module, sparse: nn.Module, inputs: Inputs) -> Activations:
+    """Activation memory, or why train mode refuses the example, as batch norm does a single value per channel."""
+    try:
+        of_dense = activation_memory(dense, inputs)
+        return Activations(of_dense, of_dense if sparse is dense else activation_memory(sparse, inputs))
+    except Exception as error:  # a model may raise anything
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Activations(None, None, f"the model does not run on the example inputs in train mode: {lines[0]}")
+
+
+def _layers(
+    dense: nn.Module, sparse: nn.Module, before: FlopCount, after: FlopCount, executed: Executed
+) -> list[LayerReport]:
     decisions = notes.decisions(sparse) if isinstance(sparse, fx.GraphModule) else {}
+    summaries = notes.replacements(sparse) if isinstance(sparse, fx.GraphModule) else {}
+    shared = _second_paths(dense)
     found = []
     for path, layer in sparse.named_modules():
         if not isinstance(layer, _WEIGHTED):
             continue
         if isinstance(layer, SparseLayer):
             shape, kept = layer.weight_shape, layer.pattern.nnz
+            structure = "" if layer.structure == UNSTRUCTURED else str(layer.structure)
         else:
-            shape, kept = tuple(layer.weight.shape), layer.weight.numel()
-        decision = decisions.get(path)
-        reason, origin = ("", "") if decision is None else (decision.reason, decision.origin)
+            shape, kept, structure = tuple(layer.weight.shape), layer.weight.numel(), ""
+        decision, done = decisions.get(path), executed.get(path)
+        origin = "" if decision is None else decision.origin
+        shape_before = None if origin else _shape_before(dense, path, decision)
+        flops_before = before.of(path)
+        if not flops_before and decision is not None and not origin and shape_before is not None and path not in shared:
+            flops_before = _flops_like(after.of(path), kept, shape_before)
         found.append(
             LayerReport(
-                path, type(layer).__name__, _weight_shape(dense, path), shape,
-                1 - kept / _numel(shape), kept, before.of(path), after.of(path), reason, origin,
+                path, type(layer).__name__, shape_before, shape, 1 - kept / math.prod(shape), kept, flops_before, after.of(path),
+                "" if decision is None else decision.reason, origin, _member(layer, decision, summaries), structure,
+                None if done is None else done.total, None if done is None else done.on_padding,
             )
         )  # fmt: skip
     return found
+
+
+def _member(layer: nn.Module, decision: LayerDecision | None, summaries: Mapping[str, str]) -> str:
+    """The transformation that made a layer: a part's is told by what stands with it; alone, only widening makes a layer sparse."""
+    if decision is None:
+        return ""
+    if decision.origin:
+        return summaries.get(decision.origin, "").partition(",")[0]
+    return "SparseWide" if isinstance(layer, SparseLayer) else ""
+
+
+def _shape_before(dense: nn.Module, path: str, decision: LayerDecision | None) -> tuple[int, ...] | None:
+    """What the rewrite saw, which turns transposed weights around; without its notes, what the dense model has."""
+    return _weight_shape(dense, path) if decision is None else decision.weight_shape
+
+
+def _flops_like(flops: int, kept: int, shape: tuple[int, ...]) -> int:
+    """FLOPs of a dense weight of ``shape`` on as many positions as a layer of ``kept`` weights has.
+
+    For layers that are no modules in the dense model, as in nn.MultiheadAttention: its count tells of the whole module only.
+    """
+    return flops // kept * math.prod(shape) if kept else 0
+
+
+def _second_paths(dense: nn.Module) -> set[str]:
+    """All paths but the first of modules that have several; their FLOPs are under the first."""
+    return {path for path, _ in dense.named_modules(remove_duplicate=False)} - {
+        path for path, _ in dense.named_modules()
+    }
 
 
 def _replacements(
     dense: nn.Module, sparse: nn.Module, before: FlopCount, layers: Sequence[LayerReport]
 ) -> tuple[ReplacementReport, ...]:
     summaries = notes.replacements(sparse) if isinstance(sparse, fx.GraphModule) else {}
-    return tuple(
-        ReplacementReport(
-            path, summary, _weight_shape(dense, path), before.of(path),
-            tuple(layer for layer in layers if layer.origin == path),
-        )
-        for path, summary in summaries.items()
-    )  # fmt: skip
+    shared = _second_paths(dense)
+    found = []
+    for path, summary in summaries.items():
+        parts = tuple(layer for layer in layers if layer.origin == path)
+        shape, flops = _weight_shape(dense, path), before.of(path)
+        if not flops and shape is not None and parts and path not in shared:
+            flops = _flops_like(parts[0].flops_after, parts[0].kept, shape)
+        found.append(ReplacementReport(path, summary, shape, flops, parts))
+    return tuple(found)
 
 
 def _weight_shape(dense: nn.Module, path: str) -> tuple[int, ...] | None:
+    """Shape of the weight at ``path``, or of the bare parameter that a rewrite makes the layer ``path`` of."""
     module = dict(dense.named_modules(remove_duplicate=False)).get(path)
     weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = dict(dense.named_parameters(remove_duplicate=False)).get(f"{path}_weight")
     return tuple(weight.shape) if isinstance(weight, Tensor) else None
-
-
-def _numel(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 def _parameters(module: nn.Module) -> int:
@@ -277,38 +224,6 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
 
 
-def _cells(layer: LayerReport) -> tuple[str, ...]:
-    return (
-        _indented(layer), layer.kind, _shape(layer.shape_before), _shape(layer.shape_after), f"{layer.sparsity:.4f}",
-        f"{layer.kept:,}", f"{layer.search_space:,}", f"{layer.flops_before / 1e6:.3f}", f"{layer.flops_after / 1e6:.3f}",
-        layer.reason,
-    )  # fmt: skip
-
-
-def _indented(layer: LayerReport) -> str:
-    return f"  {layer.path.removeprefix(layer.origin)}" if layer.origin else layer.path
-
-
-def _whole_cells(whole: ReplacementReport) -> tuple[str, ...]:
-    return (
-        whole.path, "", _shape(whole.shape_before), "", "", f"{whole.kept:,}", f"{whole.search_space:,}",
-        f"{whole.flops_before / 1e6:.3f}", f"{whole.flops_after / 1e6:.3f}", whole.summary,
-    )  # fmt: skip
-
-
-def _shape(shape: Sequence[int] | None) -> str:
-    return "-" if shape is None else "x".join(str(size) for size in shape)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    right = {4, 5, 6, 7, 8}
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(head), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+def _described(inputs: Inputs) -> tuple[str, ...]:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return tuple(f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in tensors)

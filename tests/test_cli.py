@@ -111,6 +111,31 @@ def test_inspect_shows_sparse_and_dense_models(saved: Path, factory: str) -> Non
     assert "balanced for" in text
 
 
+def test_reports_go_where_they_are_asked_to(factory: str, saved: Path, tmp_path: Path) -> None:
+    page, data = tmp_path / "rewrite.html", tmp_path / "rewrite.json"
+    options = ("rewrite", factory, "--input", "f32[8,16]", "--sparsity", "0.5")
+    text = sift_command(*options, "--report", page).output
+    assert f"Report {page}" in text
+    assert "example_of_cli.py:mlp: what sift made of it" in page.read_text(encoding="utf-8")
+    printed = as_json(*options, "--report", data)
+    assert printed["report"] == str(data)
+    written = json.loads(data.read_text(encoding="utf-8"))
+    assert written == {name: value for name, value in printed.items() if name not in ("file", "report")}
+    assert written["check"]["difference"] == 0
+    page = tmp_path / "inspect.html"
+    assert f"Report {page}" in sift_command("inspect", saved, "--report", page).output
+    assert "sparse.pt2: layer by layer" in page.read_text(encoding="utf-8")
+
+
+def test_reports_that_cannot_be_are_refused_before_the_work(factory: str, saved: Path, tmp_path: Path) -> None:
+    options = ("rewrite", factory, "--input", "f32[8,16]", "--sparsity", "0.5")
+    out = tmp_path / "sparse.pt2"
+    assert "Choose .html, .json, .txt" in refused(*options, "--out", out, "--report", tmp_path / "report.pdf")
+    assert "Choose .html, .json, .txt" in refused("inspect", saved, "--report", tmp_path / "report")
+    assert "--dry-run makes nothing" in refused(*options, "--dry-run", "--report", tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_writes_onnx_of_any_batch(saved: Path, tmp_path: Path) -> None:
     import onnxruntime
 

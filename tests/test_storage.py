@@ -15,7 +15,7 @@ from sift_compiler.masking.snfs import SNFS
 from sift_compiler.masking.straight_through import SRSTE
 from sift_compiler.nn import MaskHook, SparseConv2d, SparseLinear
 from sift_compiler.nn.storage import dense_storage
-from sift_compiler.options import SET, RigL, SparseWide, Static
+from sift_compiler.options import SET, RigL, SparseDoped, SparseWide, Static
 from sift_compiler.rewrite import rewrite
 from sift_compiler.schedule import schedule
 from sift_compiler.storage import load, load_checkpoint, save
@@ -423,3 +423,29 @@ def test_dense_storage_and_its_structure_are_saved_and_training_goes_on(tmp_path
     checkpoint.restore(optimizer=optimizer, masks=masks)
     steps(checkpoint.module, optimizer, range(3, 5))
     assert_same_runs(whole, (checkpoint.module, optimizer, masks))
+
+
+def test_tied_parameters_are_one_parameter_again(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.inner = nn.Embedding(20, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 20, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, words):
+            return self.head(self.inner(self.embedding(words)))
+
+    words = torch.randint(0, 20, (3, 5))
+    sparse = rewrite(Tied(), words, SparseDoped(sparsity=0.5))
+    save(sparse, tmp_path / "tied.pt2")
+    loaded = load(tmp_path / "tied.pt2")
+    assert loaded.head.weight is loaded.embedding.weight
+    assert [name for name, _ in loaded.named_parameters()] == [name for name, _ in sparse.named_parameters()]
+    for module in (sparse, loaded):
+        optimizer = torch.optim.SGD(module.parameters(), 0.5, momentum=0.9)
+        module(words).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(loaded.embedding.weight, loaded.head.weight)
+    state = sparse.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in loaded.state_dict().items())

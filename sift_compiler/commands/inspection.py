@@ -39,11 +39,20 @@ class Inspection:
         }
 
 
-def inspect_model(model: nn.Module | ExportedProgram, inputs: tuple[Any, ...]) -> Inspection:
-    """Count ``model`` for ``inputs``; nothing is computed."""
+def inspect_model(
+    model: nn.Module | ExportedProgram, inputs: tuple[Any, ...], name: str | None = None, execute: bool = False
+) -> Inspection:
+    """Count ``model`` for ``inputs``.
+
+    Args:
+        model: dense or sparse.
+        inputs: its positional arguments.
+        name: what to call it; the name of its class without one.
+        execute: run it, to compare the FLOPs of its sparse layers with what they execute; without it nothing is computed.
+    """
     module = raise_exported(model) if isinstance(model, ExportedProgram) else model
     struck = balance(module) if isinstance(module, fx.GraphModule) else None
-    return Inspection(report(module, module, inputs), struck)
+    return Inspection(report(module, module, inputs, name=name, execute=execute), struck)
 
 
 def _plain(layer: LayerReport) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from sift_compiler.ir.structure import SparseWeight
 
 OPTIMIZERS: Mapping[str, Callable[[list[Tensor]], Optimizer]] = {
-    "SGD, momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "SGD momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
 }
 """The optimizers whose state is counted, by name."""

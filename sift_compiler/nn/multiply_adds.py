@@ -97,7 +97,7 @@ def executed_multiply_adds(module: nn.Module, inputs: Inputs) -> dict[str, Multi
         inputs: positional arguments, or keyword arguments by name; copies are used, on the module's device.
 
     Returns:
-        Multiply-adds of every sparse layer over all its calls, by module path; those of an index that no layer owns under ``""``.
+        Multiply-adds of every sparse layer over all its calls, by module path.
     """
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     copies = pytree.tree_map(
@@ -113,8 +113,9 @@ def executed_multiply_adds(module: nn.Module, inputs: Inputs) -> dict[str, Multi
         called(module, copies)
     found = dict.fromkeys(owners.values(), MultiplyAdds(0))
     for call in counter.calls:
-        path = owners.get(call.index.untyped_storage()._cdata, "")
-        found[path] = found.get(path, MultiplyAdds(0)) + call.multiply_adds
+        path = owners.get(call.index.untyped_storage()._cdata)
+        if path is not None:
+            found[path] += call.multiply_adds
     return found
 
 

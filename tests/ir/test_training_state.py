@@ -19,7 +19,7 @@ def network() -> nn.Sequential:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "states", "count"), [("SGD, momentum", 1, 0), ("AdamW", 2, 4)])
+@pytest.mark.parametrize(("name", "states", "count"), [("SGD momentum", 1, 0), ("AdamW", 2, 4)])
 def test_numbers_of_a_small_network(name, states, count):
     kept, rest = 8 * 27 // 4 + 5 * 72 // 2, 8 + 8 + 5
     found = training_state(network(), OPTIMIZERS[name])
@@ -48,7 +48,7 @@ def test_frozen_and_tied_parameters():
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 2, bias=False))
     model[1].weight = model[0].weight
     model[2].weight.requires_grad_(False)
-    found = training_state(model, OPTIMIZERS["SGD, momentum"])
+    found = training_state(model, OPTIMIZERS["SGD momentum"])
     assert found.values == 4 * (36 + 12)
     assert found.gradients == found.optimizer == 4 * 36
     nothing = training_state(model.requires_grad_(False), OPTIMIZERS["AdamW"])

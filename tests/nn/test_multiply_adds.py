@@ -70,15 +70,29 @@ def test_linear_forward_and_backward(shape):
     assert sum(formulas.get_flop_counts()["Global"].values()) == 2 * executed.total.total
 
 
+def called_by_name(operator, **given):
+    """Call a fused operator with ``given``, nothing where nothing is needed, and any number where one is."""
+    neutral = {"float": 1e-5, "str": "none", "Optional[Tensor]": None}
+    schema = operator.default._schema.arguments
+    arguments = {each.name: given.get(each.name, neutral.get(str(each.type), each.default_value)) for each in schema}
+    return operator(**arguments)
+
+
 def test_fused_operators_count_as_the_layer_does():
     layer, x = conv(GEOMETRIES[0])
-    arguments = (x, layer.values, layer.index, None, None, None, None, "relu", layer.weight_shape)
-    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
     linear, rows = SparseLinear(7, 4, sparsity=0.5), torch.randn(5, 7)
     with torch.no_grad(), FlopCounterMode(display=False) as formulas, MultiplyAddCounter() as executed:
-        torch.ops.sift.conv2d_fused(*arguments, *geometry)
-        torch.ops.sift.linear_fused(
-            rows, linear.values, linear.index, linear.bias, None, None, None, "none", (4, 7), kernel_handle=0
+        called_by_name(
+            torch.ops.sift.conv2d_fused, x=x, values=layer.values, index=layer.index, activation="relu", shape=layer.weight_shape,
+            stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups,
+        )  # fmt: skip
+        called_by_name(
+            torch.ops.sift.linear_fused,
+            x=rows,
+            values=linear.values,
+            index=linear.index,
+            bias=linear.bias,
+            shape=(4, 7),
         )
     with torch.no_grad(), MultiplyAddCounter() as plain:
         layer(x)
