@@ -17,10 +17,20 @@ from tvm.script import tirx as T
 from sift_compiler.lowering.epilogue import Epilogue
 from sift_compiler.lowering.row_program import BALANCED
 from sift_compiler.runtimes.tvm.epilogue import finished
+from sift_compiler.runtimes.tvm.registers import IN_REGISTERS, registers
 from sift_compiler.runtimes.tvm.transpose import lane_sums, leaf, perfect_shuffle, result_half
 
 Gather = Literal["avx512", "avx2", "loads"]
 """How a vector is gathered from memory: by an instruction of x86, or lane by lane."""
+
+AHEAD = 512
+"""Kept weights between the one that is used and the one that is asked for: gathers fill the processor's window, so that loads alone look
+only a few cache lines ahead."""
+
+
+def ask_for(number: Any) -> Any:
+    """Bring the cache line of a buffer's ``number`` to the first level; it may lie beyond the buffer's end."""
+    return T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(number), 0, 3, 1)
 
 
 def gathered(gather: Gather, lanes: int, x: Any, columns: Any) -> Any:
@@ -61,7 +71,7 @@ def one_token(
         scale: T.handle, shift: T.handle, residual: T.handle, y: T.handle, sums: T.handle,
         workers: T.int32, M: T.int32,
     ):
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, IN_REGISTERS: True})
         n0, n1, n2, n3, n4 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n5, n6, n7, n8, n9 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
@@ -79,13 +89,15 @@ def one_token(
             for turn in range((worker + 1) * ((M + L - 1) // L) // workers - worker * ((M + L - 1) // L) // workers):
                 top: T.let[T.int32] = (worker * ((M + L - 1) // L) // workers + turn) * L
                 for i in range(L):
-                    acc = T.alloc_buffer((L,), "float32", scope="local")
+                    acc = registers(L)
                     acc[T.ramp(0, 1, L)] = T.broadcast(T.float32(0), L)
                     begin: T.let[T.int32] = RS[T.min(top + i, M)]
                     end: T.let[T.int32] = RS[T.min(top + i + 1, M)]
-                    at = T.alloc_buffer((1,), "int32", scope="local")
+                    at = registers(1, "int32")
                     at[0] = begin
                     while at[0] + L <= end:
+                        T.evaluate(ask_for(V[at[0] + AHEAD]))
+                        T.evaluate(ask_for(F[at[0] + AHEAD]))
                         acc[T.ramp(0, 1, L)] = acc[T.ramp(0, 1, L)] + V[T.ramp(at[0], 1, L)] * gathered(
                             gather, L, X, T.Cast(whole, F[T.ramp(at[0], 1, L)])
                         )
@@ -101,7 +113,7 @@ def one_token(
                             acc[T.ramp(0, 1, L)],
                         )
                     S[T.ramp(s0 + i * L, 1, L)] = acc[T.ramp(0, 1, L)]
-                cells = T.alloc_buffer((2 * L * L,), "float32", scope="local")
+                cells = registers(2 * L * L)
                 for i in T.unroll(L):
                     cells[T.ramp((L + i) * L, 1, L)] = S[T.ramp(s0 + leaf(i, L) * L, 1, L)]
                 add_up(cells)
@@ -130,14 +142,14 @@ def pack_few_tokens(*, lanes: int, tokens: int, name: str) -> Any:
 
     @T.prim_func
     def kernel(x: T.handle, held: T.handle, packed: T.handle, features: T.int32):
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, IN_REGISTERS: True})
         n0, n1, n2 = T.int32(), T.int32(), T.int32()
         X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
         H = T.match_buffer(held, (n1,), "int32", align=4, offset_factor=1)
         P = T.match_buffer(packed, (n2,), "float32", align=64)
         if features >= L:
             for q in range((features + L - 1) // L):
-                cells = T.alloc_buffer((2 * N * L,), "float32", scope="local")
+                cells = registers(2 * N * L)
                 near: T.let[T.int32] = T.min(q * L, features - L)
                 for i in T.unroll(N):
                     cells[T.ramp(i * L, 1, L)] = X[T.ramp(H[i] * features + near, 1, L)]
@@ -179,7 +191,7 @@ def few_tokens(
         scale: T.handle, shift: T.handle, residual: T.handle, y: T.handle, sums: T.handle,
         workers: T.int32, count: T.int32, M: T.int32,
     ):
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, IN_REGISTERS: True})
         n0, n1, n2, n3, n4, n5 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n6, n7, n8, n9, n10 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         X = T.match_buffer(packed, (n0,), "float32", align=64)
@@ -200,12 +212,15 @@ def few_tokens(
             for turn in range((worker + 1) * blocks // workers - worker * blocks // workers):
                 top: T.let[T.int32] = (worker * blocks // workers + turn) * BALANCED
                 height: T.let[T.int32] = T.min(BALANCED, M - top)
+                # What the next block of rows will read is asked for as this one goes on: its rows are not read in order.
+                asked = registers(1, "int32")
+                asked[0] = RS[T.min(top + BALANCED, M)]
                 for g in range((height + R - 1) // R):
-                    acc = T.alloc_buffer((U * R * N,), "float32", scope="local")
+                    acc = registers(U * R * N)
                     # Where each row is, and behind its last weight; rows missing in the last group repeat its last one.
-                    at = T.alloc_buffer((R,), "int32", scope="local")
-                    end = T.alloc_buffer((R,), "int32", scope="local")
-                    common = T.alloc_buffer((1,), "int32", scope="local")
+                    at = registers(R, "int32")
+                    end = registers(R, "int32")
+                    common = registers(1, "int32")
                     common[0] = 2147483647
                     for r in T.unroll(R):
                         at[r] = RS[RB[T.min(top + g * R + r, M - 1)]]
@@ -213,9 +228,12 @@ def few_tokens(
                         common[0] = T.min(common[0], end[r] - at[r])
                     for u in T.unroll(U * R * NV):
                         acc[T.ramp(u * W, 1, W)] = T.broadcast(T.float32(0), W)
-                    k = T.alloc_buffer((1,), "int32", scope="local")
+                    k = registers(1, "int32")
                     k[0] = 0
                     while k[0] + U <= common[0]:
+                        T.evaluate(ask_for(V[asked[0]]))
+                        T.evaluate(ask_for(F[asked[0]]))
+                        asked[0] = asked[0] + U * R
                         for u in T.unroll(U):
                             for r in T.unroll(R):
                                 for i in T.unroll(NV):
@@ -246,7 +264,7 @@ def few_tokens(
                 if height >= L:
                     for q in range((height + L - 1) // L):
                         row: T.let[T.int32] = T.min(q * L, height - L)
-                        cells = T.alloc_buffer((2 * N * L,), "float32", scope="local")
+                        cells = registers(2 * N * L)
                         for i in T.unroll(L):
                             cells[T.ramp(i * N, 1, N)] = S[T.ramp(s0 + (row + i) * N, 1, N)]
                         narrow(cells)
