@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accuracy_study import results, settings, training
+from accuracy_study.compiled import Compiled
 from accuracy_study.table import table
 
 from sift_compiler.demo.datasets import load_dataset
@@ -57,10 +58,11 @@ def study(chosen: argparse.Namespace) -> None:
     if not missing:
         return
     data = training.prepared(load_dataset(chosen.dataset, chosen.data), recipe)
+    compiled = Compiled()
     machine = asdict(this_machine()) | {"threads": chosen.threads}
     for number, cell in enumerate(missing, 1):
         name = f"{number}/{len(missing)} {cell.dataset} {cell.method} {cell.sparsity:g} seed {cell.seed}"
-        result = training.run(cell, data, lambda line, name=name: _say(f"{name}: {line}"))
+        result = training.run(cell, data, compiled, lambda line, name=name: _say(f"{name}: {line}"))
         results.append(chosen.output, cell, result, machine)
         _say(f"{name}: finished in {result['seconds']} s, FLOPs {result['flop_ratio']:.4f}×, masks {result['masks']}")
 

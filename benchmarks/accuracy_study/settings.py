@@ -62,7 +62,7 @@ class Recipe:
 
 RECIPES = {
     "fashion-mnist": Recipe(widths=(16, 32), epochs=1, batch_size=64, learning_rate=0.2, augment=False),
-    "cifar100": Recipe(widths=(16, 32, 64), epochs=2, batch_size=64, learning_rate=0.2, augment=True),
+    "cifar100": Recipe(widths=(16, 32, 64), epochs=1, batch_size=64, learning_rate=0.2, augment=True),
 }
 """By data set."""
 

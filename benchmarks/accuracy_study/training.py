@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 import sift_compiler as sift
 from sift_compiler.demo.datasets import Dataset
 from sift_compiler.demo.train import Network, accuracy, parameter_groups
 
+from .compiled import Compiled
 from .masks import MaskWatch, mask_method
 from .networks import build
 from .settings import BY_WIDTH, Cell, Recipe
@@ -49,29 +49,32 @@ def evaluation_steps(steps: int, last: int) -> list[int]:
     return sorted({max(1, steps // 2), *(max(1, round(steps * (1 - 0.03 * i))) for i in range(last))})
 
 
-def run(cell: Cell, data: Dataset, progress: Progress) -> dict[str, Any]:
+def run(cell: Cell, data: Dataset, compiled: Compiled, progress: Progress) -> dict[str, Any]:
     """Train and test.
 
     Args:
         cell: the run.
         data: what :func:`prepared` returned.
+        compiled: networks of earlier runs.
         progress: gets a line now and then.
 
     Returns:
         Accuracies in [0, 1] of all test images; ``diverged`` tells of a loss that was not finite.
     """
     start, busy, recipe = time.perf_counter(), time.process_time(), cell.recipe
-    model, ratio = build(cell, data.train_images[:2], data.classes)
+    fresh, ratio = build(cell, data.train_images[:2], data.classes)
+    model = compiled.network(cell, fresh)
     optimizer = torch.optim.SGD(
         parameter_groups(model, recipe.weight_decay), recipe.learning_rate, momentum=recipe.momentum, nesterov=True
     )
     per_epoch = len(data.train_labels) // recipe.batch_size
     steps = recipe.epochs * per_epoch
-    watch = None
-    if cell.method not in BY_WIDTH:
-        watch = MaskWatch(model, sift.schedule(model, optimizer, mask_method(cell, steps)))
-    forward = compiled(model, cell)
+    masks = None if cell.method in BY_WIDTH else sift.schedule(model, optimizer, mask_method(cell, steps))
+    watch = None if masks is None else MaskWatch(model, masks)
+    forward = compiled.forward(cell)
     losses, curve = _train(cell, Network(model, forward, forward), optimizer, data, steps, progress)
+    if masks is not None:
+        masks.remove()
     last = [point["accuracy"] for point in curve[-recipe.last :]]
     return {
         "accuracy": last[-1],
@@ -88,17 +91,6 @@ def run(cell: Cell, data: Dataset, progress: Progress) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 1),
         "processor_seconds": round(time.process_time() - busy, 1),
     }
-
-
-def compiled(model: nn.Module, cell: Cell) -> Callable[[Tensor], Tensor]:
-    """``model`` as the run asks for it."""
-    if cell.run == "eager":
-        return model
-    torch._dynamo.reset()
-    if cell.method in BY_WIDTH:
-        return torch.compile(model, dynamic=False)
-    options: dict[str, Any] = {"threads": torch.get_num_threads()}
-    return torch.compile(model, backend="sift", dynamic=False, options=options)
 
 
 def _train(
