@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sift_compiler import processes
 from sift_compiler.attachment import Attachment, attach, optimizer_inside
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError, unknown_name
 from sift_compiler.ir.entries import Entries
@@ -96,7 +97,12 @@ class MaskScheduler:
         self.method = method
         rule = methods.rule_of(method)
         self._rule = Rule(method) if rule is None else rule
+        if rule is not None:
+            processes.refuse_shards(module, "Moving masks")
         self._layers = attach(module, optimizer, with_hooks=rule is not None)
+        processes.keep_masks_local(module)
+        self._group = processes.group_of(module)
+        self._masks_agree = False
         self._memory: dict[str, Memory] = {one.name: {} for one in self._layers}
         self._optimizer = optimizer
         self.step_count = 0
@@ -113,6 +119,7 @@ class MaskScheduler:
         ]
         self._listeners: list[Listener] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
+        self._acts_inside = False
         self.updates: list[MaskUpdate] = []
         self.skipped = {"missing": 0, "not finite": 0}
         self._layer_updates = {one.name: 0 for one in self._layers}
@@ -122,6 +129,14 @@ class MaskScheduler:
     def attachments(self) -> tuple[Attachment, ...]:
         """The layers whose masks this moves, in the module's order."""
         return self._layers
+
+    def acting_inside(self) -> Callable[[], None]:
+        """For trainers that run the backward pass inside ``optimizer.step(closure)``: what they call after it, still in the closure.
+
+        Without this, a method that acts between the backward pass and the step (SRSTE, TopKAST, RigL(skip_step="replace")) refuses closures.
+        """
+        self._acts_inside = True
+        return self._act
 
     def on_update(self, listener: Listener) -> Callable[[], None]:
         """Call ``listener(record)`` after every mask update; returns a function that ends it."""
@@ -145,9 +160,12 @@ class MaskScheduler:
     # --- on optimizer.step() ----------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._masks_agree:
+            # Not before: schedule() may be called in one process for now, a step is taken in all.
+            self._require_same_masks()
         self._withheld = []
-        replaces = self._due() and isinstance(self.method, RigL) and self.method.skip_step == "replace"
-        if not (replaces or self._rule.changes_steps):
+        replaces = self._replaces()
+        if self._acts_inside or not (replaces or self._rule.changes_steps):
             return
         if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):
             skipping, instead = ('(skip_step="replace")', ', or use skip_step="keep"') if replaces else ("", "")
@@ -156,6 +174,14 @@ class MaskScheduler:
                 "possible with a closure. Call backward() before optimizer.step()"
                 f"{instead}."
             )
+        self._act()
+
+    def _replaces(self) -> bool:
+        return self._due() and isinstance(self.method, RigL) and self.method.skip_step == "replace"
+
+    def _act(self) -> None:
+        """Between the backward pass and the optimizer's step."""
+        optimizer, replaces = self._optimizer, self._replaces()
         if self._rule.changes_steps:
             for one in self._layers:
                 self._rule.before_step(self._view(one, scale=1.0), _scale_of(optimizer))
@@ -203,8 +229,8 @@ class MaskScheduler:
         seen = [one.passes for one in self._layers]
         if accumulates or not any(most for _, most in seen):
             # Nothing is asked of other processes before the first step: they might not be here.
-            return [1 if accumulates is False and not gradients.distributed() else 0] * len(seen)
-        known = gradients.agreed_passes(seen, self._layers[0].layer.index.device)
+            return [1 if accumulates is False and not gradients.distributed(self._group) else 0] * len(seen)
+        known = gradients.agreed_passes(seen, self._layers[0].layer.index.device, self._group)
         return [min(1, passes) for passes in known] if accumulates is False else known
 
     @torch.no_grad()
@@ -213,7 +239,7 @@ class MaskScheduler:
         view = self._view(one)
         if self._rule.watches(self.step_count) or not self._rule.reduces(view):
             return gradient
-        gradient = gradients.averaged(gradient)
+        gradient = gradients.averaged(gradient, self._group)
         return Entries.of(gradient, self._rule.needed(view, gradient.reshape(-1)))
 
     def _wants_dense_gradient(self) -> bool:
@@ -242,6 +268,7 @@ class MaskScheduler:
             if target is not None:
                 moved.append(self._move(one, view, target))
         if moved:
+            self._require_same_masks()
             spent = (time.perf_counter() - start) * 1e3
             fraction = self._rule.fraction(self.step_count)
             self._record(
@@ -265,7 +292,11 @@ class MaskScheduler:
 
     def _dense(self, gradient: Tensor | Entries) -> Tensor:
         """The mean over all ranks, of which entries are taken already."""
-        return gradient.dense() if isinstance(gradient, Entries) else gradients.averaged(gradient)
+        return gradient.dense() if isinstance(gradient, Entries) else gradients.averaged(gradient, self._group)
+
+    def _require_same_masks(self) -> None:
+        processes.require_same_masks({one.name: one.layer for one in self._layers}, self._group, self.step_count)
+        self._masks_agree = True
 
     def _movable(self, found: Mapping[str, Tensor | Entries | None]) -> list[Attachment]:
         """The layers whose masks can move now. A number that is not finite anywhere stops the whole update."""
@@ -278,7 +309,7 @@ class MaskScheduler:
                 wanted.append(one.layer.values.grad)
             conditions.append(gradients.condition(wanted))
         if self._layers:
-            conditions = gradients.agreed(conditions, self._layers[0].layer.values.device)
+            conditions = gradients.agreed(conditions, self._layers[0].layer.values.device, self._group)
         bad = [one.name for one, found_in in zip(self._layers, conditions, strict=True) if found_in == "not finite"]
         if bad:
             self._skip("not finite", 1, "no mask moves: NaN or infinity in the gradient or the weights of", bad)
@@ -380,6 +411,7 @@ class MaskScheduler:
         self.updates, self.step_count, self.skipped, self._layer_updates = updates, step_count, skipped, layer_updates
         self._memory = memory
         self._recording.reopen()
+        self._masks_agree = False
         for one in self._layers:
             one.claim()
         self._prepare_step()

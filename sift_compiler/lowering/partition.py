@@ -97,11 +97,13 @@ def _specification(node: fx.Node) -> tuple[LayerSpec, str]:
     x, values = fake(bound["x"]), fake(bound["values"])
     geometry = {}
     if kind == "conv2d":
-        geometry = {name: (int(bound[name][0]), int(bound[name][1])) for name in ("stride", "padding", "dilation")}
+        geometry = {
+            name: (_number(bound[name][0]), _number(bound[name][1])) for name in ("stride", "padding", "dilation")
+        }
     spec = LayerSpec(
         kind=kind,
-        weight_shape=tuple(int(size) for size in bound["shape"]),
-        groups=int(bound.get("groups", 1)),
+        weight_shape=tuple(_number(size) for size in bound["shape"]),
+        groups=_number(bound.get("groups", 1)),
         bias=bound["bias"] is not None,
         # Kernels see one dtype; mixed ones show the input's and are refused by their name.
         dtype=str((x if x.dtype == values.dtype else values).dtype).removeprefix("torch."),
@@ -109,6 +111,15 @@ def _specification(node: fx.Node) -> tuple[LayerSpec, str]:
         **geometry,
     )
     return spec, x.device.type
+
+
+def _number(argument: int | fx.Node) -> int:
+    """A size of the layer. Dynamo makes numbers of modules that FSDP manages symbols; taking one as an int guards it."""
+    return (
+        int(argument.meta.get("example_value", argument.meta.get("val")))
+        if isinstance(argument, fx.Node)
+        else int(argument)
+    )
 
 
 def _module_path(node: fx.Node) -> str:
