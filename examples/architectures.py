@@ -168,3 +168,42 @@ _BUILDERS = (
 )  # fmt: skip
 ARCHITECTURES: dict[str, Callable[[], Case]] = {build.__name__: build for build in _BUILDERS}
 """All of them by name."""
+
+
+def _published(model: str, configuration: str, inputs: Callable[[], dict[str, Any]], **options: Any) -> Case:
+    """A model of transformers with its configuration's own sizes, on the meta device: sizes only, no numbers."""
+    import transformers
+
+    config = getattr(transformers, configuration)(**options)
+    with torch.device("meta"):
+        return getattr(transformers, model)(config), inputs()
+
+
+PUBLISHED: dict[str, Callable[[], Case]] = {
+    "resnet50": lambda: _published(
+        "ResNetForImageClassification", "ResNetConfig", lambda: _images(224, 1), num_labels=1000
+    ),
+    "mobilenet_v2": lambda: _published(
+        "MobileNetV2ForImageClassification", "MobileNetV2Config", lambda: _images(224, 1), num_labels=1001
+    ),
+    "convnext_tiny": lambda: _published(
+        "ConvNextForImageClassification", "ConvNextConfig", lambda: _images(224, 1), num_labels=1000
+    ),
+    "mobilevit_small": lambda: _published(
+        "MobileViTForImageClassification", "MobileViTConfig", lambda: _images(256, 1), num_labels=1000
+    ),
+    "vit_base": lambda: _published("ViTForImageClassification", "ViTConfig", lambda: _images(224, 1), num_labels=1000),
+    "bert_base": lambda: _published("BertForSequenceClassification", "BertConfig", lambda: _words(512, 30522, 1)),
+    "gpt2_small": lambda: _published("GPT2LMHeadModel", "GPT2Config", lambda: _words(1024, 50257, 1), use_cache=False),
+    "llama_160m": lambda: _published(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        lambda: _words(1024, 32000, 1),
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        use_cache=False,
+    ),
+}
+"""Architectures at the sizes they were published with, on the meta device; to plan rewrites of."""

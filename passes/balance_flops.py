@@ -21,7 +21,7 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule
 
-from sift_compiler.errors import UserError
+from sift_compiler.errors import InfeasibleError, UserError
 from sift_compiler.ir import annotations as notes
 from sift_compiler.ir.annotations import Balance, LayerDecision
 from sift_compiler.ir.flops import FlopCount, count_flops
@@ -42,7 +42,8 @@ class BalanceFlops(Pass):
         widening: factor that was applied to widths, for the message of a refusal; None where no width grew.
 
     Raises:
-        UserError: what is dense already costs as much as the model given.
+        InfeasibleError: what is dense already costs as much as the model given.
+        UserError: a structure lets layers keep less than the balance needs, or does not fit one.
     """
 
     requires = (LAYERS_DECIDED,)
@@ -178,7 +179,7 @@ def kept_weights(
     return kept
 
 
-def infeasible(dense: FlopCount, now: FlopCount, sparse: set[str], widening: float | None) -> UserError:
+def infeasible(dense: FlopCount, now: FlopCount, sparse: set[str], widening: float | None) -> InfeasibleError:
     """The refusal of a rewrite whose dense part costs as much as the model given.
 
     Args:
@@ -192,20 +193,29 @@ def infeasible(dense: FlopCount, now: FlopCount, sparse: set[str], widening: flo
     named = ", ".join(f"{path or 'the model itself'} ({flops:,})" for path, flops in largest)
     cost = f"costs {sum(staying.values()):,}, the model given costs {dense.total:,}. The largest of it: {named}."
     if widening is None or widening == 1:
-        return UserError(
+        return InfeasibleError(
             f"The rewrite cannot cost the same FLOPs: what is dense in it {cost} Keep the smallest of the layers it takes dense."
         )
     limit = largest_feasible_widening(dense, now, sparse, widening)
-    return UserError(
+    return InfeasibleError(
         f"Widening by {widening:.4f} cannot cost the same FLOPs: what stays dense then {cost} The largest feasible widening is "
         f"about {limit:.3f}, so use a sparsity below {1 - limit**-2:.3f}."
     )
 
 
-def largest_feasible_widening(dense: FlopCount, wide: FlopCount, sparse: set[str], widening: float) -> float:
+def largest_feasible_widening(
+    dense: FlopCount, wide: FlopCount, sparse: set[str], widening: float, least: float = 0.0
+) -> float:
     """The widening k at which all that stays dense costs as much as the model given, at least 1.
 
     A module's FLOPs grow as k^e, with e (0, 1 or 2 before rounding) from its FLOPs before and after the given widening.
+
+    Args:
+        dense: FLOPs of the model given.
+        wide: FLOPs of the widened model.
+        sparse: paths of the layers that may cost less.
+        widening: the factor between them.
+        least: what the layers of ``sparse`` cost at least at that widening; it grows as k.
     """
     terms = []
     for path, flops in wide.modules.items():
@@ -213,7 +223,7 @@ def largest_feasible_widening(dense: FlopCount, wide: FlopCount, sparse: set[str
             terms.append((dense.of(path), math.log(flops / dense.of(path)) / math.log(widening)))
 
     def excess(k: float) -> float:
-        return float(sum(flops * k**exponent for flops, exponent in terms)) - dense.total
+        return float(sum(flops * k**exponent for flops, exponent in terms)) + least * k / widening - dense.total
 
     low, high = 1.0, widening
     if excess(high) < 0:

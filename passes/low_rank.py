@@ -9,19 +9,21 @@ one rank of its cheapest layer, and never more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from sift_compiler.errors import UserError
+from sift_compiler.errors import InfeasibleError
 from sift_compiler.ir.annotations import LayerDecision
 from sift_compiler.ir.flops import FlopCount, count_flops
 from sift_compiler.ir.inputs import Inputs
 from sift_compiler.options import LowRank as Options
 from sift_compiler.passes.assign_rules import RULES_ASSIGNED, layers_of
-from sift_compiler.passes.balance_flops import infeasible
+from sift_compiler.passes.balance_flops import infeasible, largest_feasible_widening
 from sift_compiler.passes.base import Pass, PassResult
 from sift_compiler.passes.conditions import LAYERS_DECIDED, SHAPES_KNOWN
-from sift_compiler.passes.ranks import affordable_ranks
+from sift_compiler.passes.ranks import affordable_ranks, price_of_rank
 from sift_compiler.passes.replace_layer import Replacement, replace_layers
 from sift_compiler.passes.sparse_factorized import product
 
@@ -36,8 +38,8 @@ class LowRank(Pass):
         inputs: the example that was counted.
 
     Raises:
-        UserError: what is not factorised already costs as much as the model given, a layer cannot pay for a rank of 1, or σ
-            does not fit a layer.
+        InfeasibleError: what is not factorised already costs as much as the model given, or leaves a layer no rank of 1.
+        UserError: σ does not fit a layer.
     """
 
     requires = (LAYERS_DECIDED, RULES_ASSIGNED, SHAPES_KNOWN)
@@ -55,13 +57,23 @@ class LowRank(Pass):
             raise infeasible(self.dense, wide, set(layers), self.options.widening)
         ranks = affordable_ranks(layers, self.dense, wide, budget)
         if not all(ranks.values()):
-            path = next(path for path, rank in ranks.items() if not rank)
-            raise UserError(
-                f"Widened by {self.options.widening:.4f}, layer {path!r} cannot be factorised: a rank of 1 already costs more than its share. "
-                f"Use a smaller sparsity, or keep its width with pin=({path!r},) and dense=({path!r},)."
-            )
+            raise self._no_rank(layers, wide)
 
         def make(decision: LayerDecision, layer: nn.Module, calls: list[Node]) -> Replacement | str:
             return product(layer, calls, ranks[decision.path], self.options.sigma, sparse=False, name=self.options.name)
 
         return replace_layers(graph_module, self.rule, make)
+
+    def _no_rank(self, layers: Mapping[str, nn.Module], wide: FlopCount) -> InfeasibleError:
+        """The refusal where the budget has no rank of 1 for some layer; it names the layer that needs the largest."""
+        whole = sum(self.dense.of(path) for path in layers)
+        needed = {
+            path: price_of_rank(layer, wide.of(path)) * whole / self.dense.of(path) for path, layer in layers.items()
+        }
+        path = max(needed, key=lambda each: needed[each])
+        limit = largest_feasible_widening(self.dense, wide, set(layers), self.options.widening, needed[path])
+        return InfeasibleError(
+            f"Widened by {self.options.widening:.4f}, layer {path!r} cannot be factorised: a rank of 1 already costs more than its share "
+            f"of what the rest of the widened model leaves. The largest feasible widening is about {limit:.3f}, so use a sparsity below "
+            f"{1 - limit**-2:.3f}, or keep the layer as it is: pin=({path!r},) and dense=({path!r},)."
+        )

@@ -45,6 +45,14 @@ def doped_rank(shape: Shape, sparsity: float, groups: int = 1) -> int:
     return groups * math.floor(exact * (1 + _EXACT))
 
 
+def price_of_rank(layer: nn.Module, flops: int) -> int:
+    """FLOPs of the smallest product in the place of nn.Conv2d or nn.Linear, of a rank of 1 per group, for a layer that costs ``flops``."""
+    weight, groups = layer.weight, getattr(layer, "groups", 1)
+    assert isinstance(weight, nn.Parameter)
+    shape = tuple(weight.shape)
+    return int(flops // math.prod(shape) * weights_per_rank(shape, groups) * groups)
+
+
 def affordable_ranks(
     layers: Mapping[str, nn.Module], dense: FlopCount, present: FlopCount, budget: int
 ) -> dict[str, int]:
@@ -63,11 +71,8 @@ def affordable_ranks(
     units, prices, wanted = {}, {}, {}
     share = budget / sum(dense.of(path) for path in layers)
     for path, layer in layers.items():
-        weight, groups = layer.weight, getattr(layer, "groups", 1)
-        assert isinstance(weight, nn.Parameter)
-        shape = tuple(weight.shape)
-        units[path] = groups
-        prices[path] = present.of(path) // math.prod(shape) * weights_per_rank(shape, groups) * groups
+        units[path] = getattr(layer, "groups", 1)
+        prices[path] = price_of_rank(layer, present.of(path))
         wanted[path] = share * dense.of(path) / prices[path]
     counts = {path: math.floor(count * (1 + _EXACT)) for path, count in wanted.items()}
     left = budget - sum(counts[path] * prices[path] for path in layers)

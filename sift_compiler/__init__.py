@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sift_compiler.densify import dense_state_dict, densify, to_dense
     from sift_compiler.errors import (
+        InfeasibleError,
         PassError,
         RuntimeBuildError,
         SiftError,
@@ -62,6 +63,7 @@ _HOMES = {
     "DynamicMethod": "masking.rule",
     "GMP": "masking.gradual",
     "GraNet": "masking.gradual",
+    "InfeasibleError": "errors",
     "LowRank": "options",
     "MEST": "masking.mest",
     "MovingMethod": "masking.rule",
@@ -121,6 +123,7 @@ __all__ = [
     "ConstantFanIn",
     "DynamicMethod",
     "GraNet",
+    "InfeasibleError",
     "LowRank",
     "MovingMethod",
     "PassError",

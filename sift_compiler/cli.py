@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -16,9 +16,19 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from sift_compiler.commands.transform_options import STRUCTURES, transform_of
 from sift_compiler.errors import SiftError, UserError, unknown_name
 from sift_compiler.observe.settings import from_environment
-from sift_compiler.options import SIGMAS, TRANSFORMATIONS, Transformation, from_mapping
+from sift_compiler.options import (
+    DISTRIBUTIONS,
+    INITIALISATIONS,
+    SIGMAS,
+    TRANSFORMATIONS,
+    Attention,
+    Depthwise,
+    Groups,
+    Transformation,
+)
 
 if TYPE_CHECKING:
     from sift_compiler.commands.inspection import Inspection
@@ -28,6 +38,11 @@ if TYPE_CHECKING:
 # torch, TVM and the model are imported by the command that needs them: sift --help is instant, and sift doctor runs without them.
 
 _DEBUG = "debug"
+_Transform = Transformation | dict[str, Transformation | None]
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names)
 
 
 class _Commands(TyperGroup):
@@ -76,32 +91,37 @@ def _settings(
 @app.command()
 def rewrite(
     model: _Model,
-    sparsity: Annotated[float, typer.Option(help="Share of weights removed from a widened layer, in [0, 1).")],
+    sparsity: Annotated[float, typer.Option(help="Share of weights removed, in [0, 1); it sets how much wider or deeper layers become.")],
     input_: _Input = None,
-    transform: Annotated[str, typer.Option(help=f"One of: {', '.join(TRANSFORMATIONS)}.")] = "wide",
-    seed: Annotated[int, typer.Option(help="Seed of masks and new weights.")] = 0,
-    round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this, 8 by default; 1 rounds down. wide, low-rank.")] = None,
-    distribution: Annotated[str | None, typer.Option(help="How densities differ between layers: uniform, er or erk.")] = None,
-    sigma: Annotated[str | None, typer.Option(help=f"Non-linearity inside, not of wide: {', '.join(SIGMAS)}.")] = None,
+    transform: Annotated[str | None, typer.Option(help=f"One of {_names(TRANSFORMATIONS)}; wide by default. With --member: of the layers no member names, which else stay as they are.")] = None,
+    member: Annotated[list[str] | None, typer.Option(help="PATTERN=NAME[,option=value...]: the transformation of some layers by module path, or dense, e.g. 'layer1.*=parallel,sparsity=0.75,sigma=relu'. The first that fits has a layer. Repeatable.")] = None,
     dense: Annotated[list[str] | None, typer.Option(help="Layers that stay dense, e.g. 'layer1.*'. Repeatable.")] = None,
+    init: Annotated[str | None, typer.Option(help=f"New weights: {_names(INITIALISATIONS)}; paper by default. sparse_aware counts kept connections.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of masks and new weights.")] = 0,
+    distribution: Annotated[str | None, typer.Option(help=f"How densities differ between layers: {_names(DISTRIBUTIONS)}, or sparsities by pattern: 'block1.*=0.9,block2.*=0.5'. Not of low-rank.")] = None,
+    structure: Annotated[str | None, typer.Option(help=f"What masks look like: {STRUCTURES}. Not of low-rank.")] = None,
+    sigma: Annotated[str | None, typer.Option(help=f"Non-linearity inside: {_names(SIGMAS)}. Not of wide.")] = None,
+    round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this, 8 by default; 1 rounds down. wide, low-rank.")] = None,
     pin: Annotated[list[str] | None, typer.Option(help="Modules or nodes whose sizes stay. Repeatable. wide, low-rank.")] = None,
+    attention: Annotated[str | None, typer.Option(help=f"What grows in attention: {_names(get_args(Attention))}; heads get wider by default. wide.")] = None,
+    depthwise: Annotated[str | None, typer.Option(help=f"Depthwise convolutions: {_names(get_args(Depthwise))}; sparse, at a density of (1 - sparsity)^0.5, by default. wide.")] = None,
+    groups: Annotated[str | None, typer.Option(help=f"What grows in grouped convolutions: {_names(get_args(Groups))}; groups get wider by default. wide.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the sparse model goes (.pt2); without it only the report is shown.")] = None,
     report: _Report = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would become of every layer, and why.")] = False,
     as_json: _Json = False,
 ) -> None:  # fmt: skip
     """Make MODEL an iso-FLOP sparse one and show what changed."""
-    options = _transformation(
-        transform, sparsity=sparsity, seed=seed, round_to=round_to, distribution=distribution, sigma=sigma,
-        dense=tuple(dense or ()), pin=tuple(pin) if pin else None,
-    )  # fmt: skip
+    options = transform_of(transform, member or (), {
+        "sparsity": sparsity, "dense": tuple(dense or ()), "init": init, "seed": seed, "distribution": distribution, "structure": structure,
+        "sigma": sigma, "round_to": round_to, "pin": tuple(pin) if pin else None, "attention": attention, "depthwise": depthwise,
+        "groups": groups,
+    })  # fmt: skip
     if dry_run:
         if out is not None:
             raise UserError("--dry-run makes nothing that could go to --out; leave one of them out.")
         if report is not None:
-            raise UserError(
-                "--dry-run makes nothing that --report could tell of; leave one of them out, or add --json."
-            )
+            raise UserError("--dry-run makes nothing that --report could tell of; leave one of them out.")
         _show_plan(model, input_, options, as_json)
         return
     with _busy("Rewriting"):
@@ -315,14 +335,7 @@ def main() -> None:
     app()
 
 
-def _transformation(name: str, **options: Any) -> Transformation:
-    """The transformation called ``name``, with the options that were given; one it does not have is refused."""
-    if name not in TRANSFORMATIONS:
-        raise unknown_name("transform", name, TRANSFORMATIONS)
-    return from_mapping(TRANSFORMATIONS[name], {key: value for key, value in options.items() if value is not None})
-
-
-def _show_plan(model: str, given: Sequence[str] | None, transformation: Transformation, as_json: bool) -> None:
+def _show_plan(model: str, given: Sequence[str] | None, transformation: _Transform, as_json: bool) -> None:
     with _busy("Planning"):
         from sift_compiler.commands.model_source import find_model
         from sift_compiler.commands.planning import plan_rewrite

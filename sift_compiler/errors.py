@@ -18,6 +18,10 @@ class UserError(SiftError, ValueError):
     """An argument, option, file or model that cannot be accepted as it is."""
 
 
+class InfeasibleError(UserError):
+    """No sparsity of the layers that a rewrite takes pays for what it makes of the rest; the message tells the largest that would."""
+
+
 class UnsupportedError(SiftError):
     """A model uses something for which no rule, pass or kernel exists."""
 

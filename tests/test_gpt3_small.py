@@ -12,7 +12,7 @@ import torch
 
 from sift_compiler import pipeline
 from sift_compiler.capture import capture
-from sift_compiler.errors import UserError
+from sift_compiler.errors import InfeasibleError
 from sift_compiler.ir import annotations as notes
 from sift_compiler.ir.flops import count_flops
 from sift_compiler.options import SparseWide
@@ -86,6 +86,6 @@ def test_ninety_percent_is_infeasible(captured):
     assert dense.total / staying == pytest.approx(2.478, abs=5e-4)
     planning = pipeline.planning({"*": SparseWide(sparsity=0.9, round_to=1)}, dense, WORDS)
     with pytest.raises(
-        UserError, match=r"Widening by 3.1623 cannot.*lm_head.*largest feasible widening is about 2\.47[89]"
+        InfeasibleError, match=r"Widening by 3.1623 cannot.*lm_head.*largest feasible widening is about 2\.47[89]"
     ):
         pipeline.run(graph_module, planning)

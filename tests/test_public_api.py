@@ -16,12 +16,11 @@ import sift_compiler as sift
 
 NAMES = {
     "BAME", "BiDST", "Block", "Channel", "CompileOptions", "ConstantFanIn", "DynamicMethod", "GMP", "GraNet",
-    "LowRank", "MEST", "MovingMethod", "NM", "PassError", "Pattern", "Recorder", "RigL", "RuntimeBuildError", "SET", "SNFS",
+    "InfeasibleError", "LowRank", "MEST", "MovingMethod", "NM", "PassError", "Pattern", "Recorder", "RigL", "RuntimeBuildError", "SET", "SNFS",
     "SRSTE", "SRigL", "SiftError", "SparseConv2d", "SparseDoped", "SparseFactorized", "SparseLinear",
     "SparseParallel", "SparseWide", "StaleArtifactError", "Static", "TopKAST", "TransposableNM", "Unstructured",
     "UnsupportedError", "UserError", "compact", "dense_state_dict", "dense_storage", "densify", "export", "from_masked",
-    "load", "load_checkpoint", "report",
-    "rewrite", "save", "schedule", "snip", "to_dense",
+    "load", "load_checkpoint", "report", "rewrite", "save", "schedule", "snip", "to_dense",
 }  # fmt: skip
 
 

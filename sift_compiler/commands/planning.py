@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,9 @@ class Plan:
 
 
 def plan_rewrite(
-    model: nn.Module | ExportedProgram, inputs: Tensor | tuple[Any, ...], transformation: Transformation
+    model: nn.Module | ExportedProgram,
+    inputs: Tensor | tuple[Any, ...],
+    transformation: Transformation | Mapping[str, Transformation | None],
 ) -> Plan:
     """What ``rewrite`` would make of ``model``; it raises what ``rewrite`` does."""
     graph_module = plan(model, inputs, transformation)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sift_compiler.capture import capture
-from sift_compiler.errors import PassError, UserError
+from sift_compiler.errors import InfeasibleError, PassError, UserError
 from sift_compiler.ir import annotations as notes
 from sift_compiler.ir.flops import count_flops
 from sift_compiler.ir.printer import printed
@@ -158,10 +158,12 @@ def test_low_rank_widens_and_factorizes_and_refuses_a_budget_that_the_head_excee
     assert sparse.block1.conv1.u.in_channels == sparse.block1.conv1.v.out_channels == 64
     assert sparse.block1.conv1.u.out_channels == 14, "full rank 28.8 halved, and the stem and the classifier paid for"
     grouped = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 1, 1))
-    with pytest.raises(UserError, match="layer '1' cannot be factorised: a rank of 1"):
+    with pytest.raises(
+        InfeasibleError, match=r"layer '1' cannot be factorised: a rank of 1.*use a sparsity below 0\.\d"
+    ):
         rewrite(grouped, image(), LowRank(sparsity=0.75))
     heady = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 1000))
-    with pytest.raises(UserError, match=r"2 \(64,000\).*largest feasible widening"):
+    with pytest.raises(InfeasibleError, match=r"2 \(64,000\).*largest feasible widening"):
         rewrite(heady, torch.randn(1, 4), LowRank(sparsity=0.75))
 
 

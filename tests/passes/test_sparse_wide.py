@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sift_compiler.capture import capture
-from sift_compiler.errors import UnsupportedError, UserError
+from sift_compiler.errors import InfeasibleError, UnsupportedError, UserError
 from sift_compiler.ir import annotations as notes
 from sift_compiler.ir.flops import FlopCount, count_flops
 from sift_compiler.passes.balance_flops import BalanceFlops, kept_weights, largest_feasible_widening
@@ -202,7 +202,7 @@ def test_an_infeasible_balance_names_the_largest_contributors():
     x = torch.randn(2, 4)
     dense = count_flops(Heady(), (x,))
     graph_module, _ = wide(Heady(), x, 0.75)
-    with pytest.raises(UserError, match=r"head \(128,000\).*largest feasible widening is about 1.020"):
+    with pytest.raises(InfeasibleError, match=r"head \(128,000\).*largest feasible widening is about 1.020"):
         BalanceFlops(dense, (x,), 2.0)(graph_module)
 
 
