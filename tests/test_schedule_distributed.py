@@ -1,4 +1,4 @@
-"""Two processes on halves of a batch must move masks as one process on the whole batch does."""
+"""Two processes on halves of a batch must move masks as one process on the whole batch does; see also distributed/."""
 
 import os
 
@@ -8,7 +8,6 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import sift_compiler as sift
 from sift_compiler.nn import SparseLinear
 from sift_compiler.options import RigL
 from sift_compiler.schedule import schedule
@@ -66,49 +65,3 @@ def test_two_ranks_agree_with_each_other_and_with_one_process(tmp_path):
         weight = torch.zeros(alone.pattern.numel, dtype=torch.float64)
         weight[first[f"{name}.index"].long()] = first[f"{name}.values"]
         torch.testing.assert_close(weight.view(alone.weight_shape), alone.dense_weight().detach(), rtol=0, atol=1e-12)
-
-
-WHEN = {"delta_t": 1, "end_step": 4}
-OTHERS = {
-    method.name: method
-    for method in (
-        sift.SNFS(**WHEN), sift.GraNet(**WHEN, final_sparsity=0.8), sift.MEST(**WHEN), sift.BAME(**WHEN),
-        sift.BiDST(**WHEN, rate=50.0, change=0.0), sift.SRSTE(),
-    )
-}  # fmt: skip
-
-
-def masks_after(name, rank, world):
-    torch.manual_seed(0)
-    more = {"sparsity": 0.5, "dtype": torch.float64, "structure": sift.NM(2, 4)}
-    model = nn.Sequential(SparseLinear(16, 16, **more), nn.Tanh(), SparseLinear(16, 4, **more))
-    if name == "SRSTE":
-        sift.dense_storage(model)
-    parallel = DistributedDataParallel(model) if world > 1 else model
-    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.3, momentum=0.9)
-    schedule(parallel, optimizer, OTHERS[name])
-    for step in range(5):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 16, generator=generator, dtype=torch.float64).chunk(world)[rank]
-        y = torch.randint(0, 4, (8,), generator=generator).chunk(world)[rank]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(parallel(x), y).backward()
-        optimizer.step()
-    return [model[place].pattern.mask() for place in (0, 2)]
-
-
-def work_on_others(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    torch.save({name: masks_after(name, rank, world) for name in OTHERS}, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-
-
-def test_other_methods_move_masks_on_two_ranks_as_on_one(tmp_path):
-    mp.spawn(work_on_others, args=(2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name in OTHERS:
-        alone = masks_after(name, 0, 1)
-        for one, other, expected in zip(first[name], second[name], alone, strict=True):
-            assert torch.equal(one, other), name
-            assert torch.equal(one, expected), name
