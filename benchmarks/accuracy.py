@@ -61,6 +61,8 @@ def study(chosen: argparse.Namespace) -> None:
     compiled = Compiled()
     machine = asdict(this_machine()) | {"threads": chosen.threads}
     for number, cell in enumerate(missing, 1):
+        if results.finished(results.read(chosen.output), cell):
+            continue  # by another process meanwhile
         name = f"{number}/{len(missing)} {cell.dataset} {cell.method} {cell.sparsity:g} seed {cell.seed}"
         result = training.run(cell, data, compiled, lambda line, name=name: _say(f"{name}: {line}"))
         results.append(chosen.output, cell, result, machine)
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", default=",".join(m for m in settings.METHODS if m != "dense-wide"),
                         help=f"comma-separated; of {', '.join(settings.METHODS)}")  # fmt: skip
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--run", choices=("compiled", "eager"), default="compiled",
                         help='compiled: torch.compile, sparse networks with backend="sift"')  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)

@@ -20,8 +20,8 @@ NAMES = {
     "dense-wide": "dense of the wide width (not equal FLOPs)",
 }
 HEAD = (
-    "method", "sparsity", "n", "accuracy, %", "mean of the last {last}, %", "over dense, points", "FLOPs", "weights", "replaced",
-    "explored", "min per run",
+    "method", "sparsity", "n", "accuracy, %", "mean of the last {last}, %", "over dense, points", "FLOPs", "parameters", "replaced",
+    "explored",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def _group(records: list[Record]) -> str:
     recipe = cell["recipe"]
     tested = "held-out training images" if recipe["held_out"] else "test images"
     title = (
-        f"**{cell['dataset']}**, {result['train_images']:,} training images, {recipe['epochs']} epochs of {result['steps'] // recipe['epochs']} "
+        f"**{cell['dataset']}**, {result['train_images']:,} training images, {_counted(recipe['epochs'], 'epoch')} of {result['steps'] // recipe['epochs']} "
         f"steps, learning rate {recipe['learning_rate']}, widths {recipe['widths']}, {result['test_images']:,} {tested}, {cell['run']}"
     )
     rows: dict[tuple[float, int], list[Record]] = {}
@@ -70,12 +70,15 @@ def _row(records: list[Record], dense: list[Record]) -> list[str]:
         f"{result['parameters']:,}",
         _mean(records, "replaced", "×") if masks else "",
         _mean(records, "explored", "") if masks else "",
-        f"{statistics.mean(record['result']['seconds'] for record in records) / 60:.1f}",
     ]
 
 
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 def _structure(masks: dict[str, Any] | None) -> str:
-    return ", ".join(masks["structures"]) if masks else ""
+    return ", ".join(masks["structures"]).replace("n=", "").replace("m=", "") if masks else ""
 
 
 def _over(records: list[Record], dense: list[Record]) -> str:
