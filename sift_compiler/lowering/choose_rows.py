@@ -7,13 +7,17 @@ from sift_compiler.lowering.plan import Choice
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.lowering.tile import Tile
 
+_ROWS = {1: 2, 2: 4, 4: 2}
+"""Output rows at once, for so many vectors of tokens: measured; sums of fewer than four vectors would wait for each other."""
+
 
 def choose_rows(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> Choice | None:
     """The choice for ``tokens`` tokens of a linear layer; None where lanes over whole vectors of tokens are faster.
 
-    The kernels read whole vectors of values, so there must be one.
+    One token's kernel reads whole vectors of values, so there must be one. With many tokens an input feature is as long as several
+    vectors: then it pays to hold blocks of them in the first-level cache and come back to the sums.
     """
-    if spec.nnz < cpu.lanes or tokens > cpu.lanes:
+    if spec.nnz < cpu.lanes:
         return None
     if tokens == 1:
         tile = Tile(lanes="weights", vector=cpu.lanes, rows=1, width=1, channels=spec.in_channels)
@@ -21,6 +25,11 @@ def choose_rows(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> Choice | None:
             tile=tile, first=0, count=1, reason="one token: lanes over the kept weights of a row, each read once"
         )
     together = 1 << (tokens - 1).bit_length()
-    tile = Tile(lanes="tokens", vector=together, rows=2, width=1, channels=spec.in_channels)
+    vector = min(together, cpu.lanes)
+    vectors = together // vector
+    held = together * spec.in_channels * 4
+    if vectors not in _ROWS or (vectors > 2 and tokens <= 3 * vector) or held > cpu.l2_bytes // 2:
+        return None
+    tile = Tile(lanes="tokens", vector=vector, rows=_ROWS[vectors], width=vectors, channels=spec.in_channels)
     reason = f"{tokens} tokens: every kept weight read once, for {together} tokens side by side"
     return Choice(tile=tile, first=0, count=tokens, reason=reason)

@@ -78,3 +78,24 @@ def test_an_impossible_tile_is_refused() -> None:
         Tile(lanes="batch", vector=16, rows=7, width=1, channels=1)
     with pytest.raises(UserError, match="width"):
         Tile(lanes="batch", vector=16, rows=1, width=0, channels=1)
+
+
+@pytest.mark.parametrize("cpu", [AVX512, AVX2])
+def test_few_tokens_run_row_by_row(cpu: CpuFacts) -> None:
+    spec = LayerSpec(kind="linear", weight_shape=(1536, 768), nnz=1536 * 192)
+    lanes = [choose(spec, (tokens, 768), cpu)[0].tile.lanes for tokens in (1, 2, 4 * cpu.lanes, 8 * cpu.lanes)]
+    assert lanes == ["weights", "tokens", "tokens", "batch"]
+    for tokens in range(1, 4 * cpu.lanes + 1):
+        (part,) = choose(spec, (tokens, 768), cpu)
+        assert part.tile.accumulators + 2 <= cpu.registers
+        assert part.tile.lanes != "tokens" or part.tile.vector * part.tile.width >= tokens
+    (part,) = choose(spec, (2, 768), cpu, whole_vectors=True)
+    assert part.tile.lanes == "batch"
+
+
+def test_rows_need_a_vector_of_values_and_room_for_the_input() -> None:
+    spec = LayerSpec(kind="linear", weight_shape=(64, 64), nnz=AVX512.lanes - 1)
+    assert choose(spec, (1, 64), AVX512)[0].tile.lanes == "batch"
+    wide = LayerSpec(kind="linear", weight_shape=(64, 1 << 20), nnz=1 << 20)
+    assert choose(wide, (1, 1 << 20), AVX512)[0].tile.lanes == "weights"
+    assert choose(wide, (8, 1 << 20), AVX512)[0].tile.lanes == "batch"

@@ -68,7 +68,8 @@ def test_any_number_of_tokens(cpu: str, shape: tuple[int, int], in_order: bool) 
     values, bias = torch.randn(len(index)), torch.randn(shape[0])
     spec = LayerSpec(kind="linear", weight_shape=shape, nnz=len(index), bias=True)
     kernel = TvmKernel(spec, "layer", 1, cpu_facts(cpu))
-    for tokens in (1, 3, 4, cpu_facts(cpu).lanes - 1, cpu_facts(cpu).lanes, cpu_facts(cpu).lanes + 1):
+    lanes = cpu_facts(cpu).lanes
+    for tokens in (1, 3, 4, lanes - 1, lanes + 1, 2 * lanes, 4 * lanes - 1):
         x = torch.randn(tokens, shape[1])
         assert error(kernel(x, values, index, bias), oracle(shape, x, values, index, bias)) < TOLERANCE
 
