@@ -51,20 +51,19 @@ def keep_masks_local(module: nn.Module) -> None:
         module.register_forward_pre_hook(_notice_wrapper)
 
 
-def refuse_shards(module: nn.Module, doing: str) -> None:
-    """Raise UnsupportedError if the values of a trained sparse layer of ``module`` are spread over processes.
+def refuse_shards(module: nn.Module, doing: str, instead: str) -> None:
+    """Raise UnsupportedError if the values of a sparse layer of ``module`` are spread over processes.
 
     Args:
         module: any.
         doing: what cannot be done then; the message begins with it.
+        instead: what can; the message ends with it.
     """
     for name, layer in module.named_modules():
         how = _sharded_by(layer) if isinstance(layer, SparseLayer) else None
         if how is not None:
             raise UnsupportedError(
-                f"{doing} is not possible: {how} spreads the values of sparse layer {name!r} over processes, so that none of them sees the "
-                "weights it would rank. Train with DistributedDataParallel instead (sparse layers are compact, and so are their gradients and "
-                "optimizer state), or keep the masks fixed: without sift.schedule, sparse layers train under fully_shard."
+                f"{doing} is not possible: {how} spreads the values of sparse layer {name!r} over processes. {instead}"
             )
 
 

@@ -33,6 +33,10 @@ from sift_compiler.recorder import Recorder, Recording
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
+_SHARDED = (
+    "No process sees all the weights it would rank. Train with DistributedDataParallel instead: sparse layers are compact, and so are "
+    "their gradients and optimizer state. Or let masks rest: without sift.schedule sparse layers train under fully_shard."
+)
 _EXPLORATION = "exploration of the recorder"
 """Stands beside what a method remembers of a layer, in what is saved."""
 
@@ -98,7 +102,7 @@ class MaskScheduler:
         rule = methods.rule_of(method)
         self._rule = Rule(method) if rule is None else rule
         if rule is not None:
-            processes.refuse_shards(module, "Moving masks")
+            processes.refuse_shards(module, "Moving masks", _SHARDED)
         self._layers = attach(module, optimizer, with_hooks=rule is not None)
         processes.keep_masks_local(module)
         self._group = processes.group_of(module)

@@ -25,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from sift_compiler import archive
+from sift_compiler import archive, processes
 from sift_compiler.attachment import unwrapped
 from sift_compiler.capture import raise_exported
 from sift_compiler.checkpoint import Checkpoint, optimizer_by_name, random_states
@@ -42,6 +42,10 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _SAMPLE_BATCH = 2
+_SHARDED = (
+    "Put them together first, in all processes: torch.distributed.checkpoint.state_dict.get_model_state_dict(module, "
+    "options=StateDictOptions(full_state_dict=True)); then save, in one, a module that is not sharded and has loaded them."
+)
 
 StrPath = str | os.PathLike[str]
 
@@ -72,6 +76,7 @@ def save(
     if not isinstance(sparse, nn.Module):
         raise UserError(f"save expects a module first, as sift.rewrite returns it, not {type(sparse).__name__}.")
     module = unwrapped(sparse)
+    processes.refuse_shards(module, "Saving", _SHARDED)
     state = {
         "optimizer": None if optimizer is None else optimizer_by_name(optimizer, module),
         "random": random,

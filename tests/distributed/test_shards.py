@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -56,6 +57,16 @@ def refusal(model):
     return str(caught.value)
 
 
+def saving(model, path):
+    """What saving a sharded model is refused with; the file of what it says to save instead."""
+    with pytest.raises(sift.UnsupportedError) as caught:
+        sift.save(model, f"{path}.refused.pt2", example_inputs=batch(0)[0])
+    together = network()
+    together.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    sift.save(together, f"{path}.pt2", example_inputs=batch(0)[0])
+    return str(caught.value)
+
+
 def each_layer_sharded():
     model = network()
     for place in (0, 2):
@@ -89,6 +100,7 @@ def work(rank, folder):
             kernels(),
         ),
     }
+    found["saving"] = saving(sharded, f"{folder}/{rank}")
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -103,7 +115,7 @@ def kernels():
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt") | {"saved": sift.load(folder / f"{rank}.pt2")} for rank in range(2)]
 
 
 def test_masks_of_sharded_weights_do_not_move(ranks):
@@ -130,3 +142,11 @@ def test_sharded_weights_train_while_masks_rest(ranks, how):
     assert sum(found["eager"][2] for found in ranks) == sum(each.numel() for each in alone.parameters())
     expected = train(network())
     assert [sum(pair) / 2 for pair in zip(*losses, strict=True)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_sharded_weights_are_saved_when_they_are_together(ranks):
+    for found in ranks:
+        assert found["saving"].startswith("Saving is not possible: fully_shard or tensor parallelism (DTensor) spreads")
+        assert "full_state_dict=True" in found["saving"]
+        for name, each in found["saved"].named_parameters():
+            assert torch.equal(each, found["eager"][1][name])
