@@ -28,7 +28,8 @@ class Entries:
     def of(cls, dense: Tensor, places: Tensor) -> Entries:
         """Those of ``dense`` at ``places`` [n]; none if ``dense`` is not finite, which is then all there is to know."""
         flat = dense.reshape(-1)
-        finite = bool(flat.isfinite().all())
+        least, most = flat.aminmax() if flat.numel() else (flat.new_zeros(()), flat.new_zeros(()))
+        finite = bool(least.isfinite() & most.isfinite())
         places = places if finite else places[:0]
         return cls(places=places.to(torch.int32), numbers=flat[places], numel=flat.numel(), finite=finite)
 

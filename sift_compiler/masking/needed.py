@@ -48,6 +48,7 @@ def by_magnitude(layer: LayerView, gradient: Tensor, count: int) -> Tensor:
 
 def largest_elsewhere(gradient: Tensor, known: Tensor, count: int, seed: int) -> Tensor:
     """The ``count`` entries, or all if there are fewer, with the largest |g| that are not ``known`` [n]; int64."""
-    scores = criteria.magnitude(gradient).index_fill(0, known, -1.0)
+    scores = criteria.magnitude(gradient).index_fill_(0, known, -1.0)
     count = min(count, scores.numel() - known.numel())
-    return criteria.largest(scores, None, count, seed).nonzero().squeeze(1)
+    places = criteria.in_reach(scores, count)
+    return places[criteria.largest(scores[places], places, count, seed)]

@@ -59,7 +59,8 @@ def newcomers(
         candidates = (~taken).nonzero().squeeze(1)
     scores = score(candidates)
     if unstructured:
-        return candidates[criteria.largest(scores, candidates, count, seed)]
+        near = criteria.in_reach(scores, count)
+        return candidates[near][criteria.largest(scores[near], candidates[near], count, seed)]
     dense = torch.zeros(layer.numel, dtype=torch.float64, device=taken.device)
     dense[candidates] = scores.double()
     layout = layer.structure.layout(layer.shape).to(taken.device)

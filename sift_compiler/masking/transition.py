@@ -54,10 +54,14 @@ def plan(index: Tensor, kept: Tensor, grown: Tensor) -> Transition:
     """
     active = (index >= 0).nonzero().squeeze(1)
     dropped = active[~kept]
-    leaving = index[dropped]
-    again = torch.isin(leaving, grown)
-    freed = dropped[~again]
-    coming = grown[~torch.isin(grown, leaving)].sort().values.to(torch.int32)
+    leaving = index[dropped].long()
+    # Marks instead of sorted sets: an entry of the dense weight takes a byte, and what is marked comes out in order.
+    last = max((int(each.max()) for each in (leaving, grown) if each.numel()), default=-1)
+    marks = torch.zeros(last + 1, dtype=torch.bool, device=index.device)
+    marks[grown] = True
+    freed = dropped[~marks[leaving]]
+    marks[leaving] = False
+    coming = marks.nonzero().squeeze(1).to(torch.int32)
     lacking = max(0, coming.numel() - freed.numel())
     slots = torch.cat([freed, (index == EMPTY).nonzero().squeeze(1)[:lacking]]) if lacking else freed
     assert coming.numel() <= slots.numel()

@@ -127,3 +127,23 @@ def test_which_rule_belongs_to_which_method():
     assert methods.rule_of(RigL(end_step=1)).needs_dense_gradient
     with pytest.raises(UnsupportedError, match=r"has no rule.*RigL.*DynamicMethod"):
         methods.rule_of(MaskMethod())
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.randn(70_001, generator=torch.Generator().manual_seed(0)),
+        torch.arange(70_001.0),
+        -torch.arange(70_001.0),
+        torch.zeros(70_001),
+        (torch.arange(70_001) % 64 == 0).float(),  # where the sample looks everything is large
+        (torch.arange(70_001) % 64 != 0).float(),
+    ],
+)
+@pytest.mark.parametrize("count", [0, 1, 100, 1094, 9000, 40_000, 70_001])
+def test_what_is_in_reach_holds_the_largest_and_all_that_tie_with_them(scores, count):
+    reach = criteria.in_reach(scores, count)
+    chosen = reach[criteria.largest(scores[reach], reach, count, 3)]
+    everywhere = torch.arange(len(scores))
+    assert torch.equal(chosen, criteria.largest(scores, everywhere, count, 3).nonzero().squeeze(1))
+    assert torch.equal(scores[chosen].sort().values, scores.sort().values[len(scores) - count :])
