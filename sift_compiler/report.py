@@ -200,11 +200,19 @@ def _replacements(
     found = []
     for path, summary in summaries.items():
         parts = tuple(layer for layer in layers if layer.origin == path)
-        shape, flops = _weight_shape(dense, path), before.of(path)
+        shape, flops = _outputs_first(_weight_shape(dense, path), parts), before.of(path)
         if not flops and shape is not None and parts and path not in shared:
             flops = _flops_like(parts[0].flops_after, parts[0].kept, shape)
         found.append(ReplacementReport(path, summary, shape, flops, parts))
     return tuple(found)
+
+
+def _outputs_first(shape: tuple[int, ...] | None, parts: Sequence[LayerReport]) -> tuple[int, ...] | None:
+    """``shape`` as its parts have it: GPT-2 holds linear weights as [in, out]."""
+    if shape is None or len(shape) != 2 or not parts:
+        return shape
+    ends = (parts[-1].shape_after[0], parts[0].shape_after[1])
+    return ends if shape == ends[::-1] else shape
 
 
 def _weight_shape(dense: nn.Module, path: str) -> tuple[int, ...] | None:

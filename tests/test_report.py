@@ -15,7 +15,7 @@ from sift_compiler.ir.activation_memory import activation_memory
 from sift_compiler.ir.flops import count_flops
 from sift_compiler.ir.training_state import OPTIMIZERS, training_state
 from sift_compiler.nn import SparseConv2d, SparseLinear
-from sift_compiler.options import SparseWide
+from sift_compiler.options import SparseDoped, SparseFactorized, SparseParallel, SparseWide
 from sift_compiler.report import report
 from sift_compiler.reporting.model import FlopCheck
 from sift_compiler.rewrite import rewrite
@@ -168,7 +168,7 @@ def test_nothing_changes_where_a_report_is_made(made):
 
 @pytest.mark.parametrize("name", ["gpt2", "encoder", "multihead_attention"])
 def test_transformers_tell_of_every_layer(architectures, name, tmp_path):
-    model, inputs = architectures.ARCHITECTURES[name]()
+    model, inputs = architectures.gpt2(layers=1) if name == "gpt2" else architectures.ARCHITECTURES[name]()
     sparse = rewrite(model, inputs, SparseWide(sparsity=0.3))
     found = report(model, sparse, inputs)
     assert all(layer.shape_before is not None and layer.flops_before > 0 for layer in found.layers)
@@ -182,6 +182,16 @@ def test_transformers_tell_of_every_layer(architectures, name, tmp_path):
     loaded = report(model, load(tmp_path / "sparse.pt2"), positional)
     assert {layer.path: layer for layer in loaded.layers} == {layer.path: layer for layer in found.layers}
     assert (loaded.sparse_flops, loaded.check, loaded.training) == (found.sparse_flops, found.check, found.training)
+
+
+def test_transposed_weights_are_told_outputs_first(architectures):
+    model, inputs = architectures.gpt2(layers=1)
+    for member in (SparseParallel(sparsity=0.5), SparseFactorized(sparsity=0.5), SparseDoped(sparsity=0.5)):
+        found = report(model, rewrite(model, inputs, {"*.c_attn": member}), inputs)
+        (whole,) = found.replacements
+        assert whole.shape_before == (96, 32)
+        assert whole.flops_before == 2 * 16 * 96 * 32
+        assert whole.member == type(member).__name__
 
 
 def test_modules_under_two_names_count_once():

@@ -19,6 +19,7 @@ MEMBERS = {
     "LowRank": "Low rank",
 }
 """Transformations as people write them."""
+_MANY_PARTS = 40
 
 
 def layer_table(report: Report) -> str:
@@ -36,7 +37,16 @@ def layer_table(report: Report) -> str:
         f"<th>Layer</th><th>What it is now</th>{before}<th class=right>Sparsity</th><th class=right>Chosen from</th>"
         "<th>FLOPs</th><th>Weights kept</th><th>Why</th>"
     )
-    return f'<div class="sheet"><table id="layers"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return f'{_parts_switch(report)}<div class="sheet"><table id="layers"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _parts_switch(report: Report) -> str:
+    """A box that hides the parts of layers which became several; off from the start where there are very many."""
+    parts = sum(bool(layer.origin) for layer in report.layers)
+    if not parts:
+        return ""
+    checked = " checked" if parts <= _MANY_PARTS else ""
+    return f'<input type="checkbox" id="parts"{checked}><label for="parts"> show the {parts} parts of layers that became several</label>'
 
 
 class _Scale:
@@ -54,19 +64,18 @@ class _Scale:
     def whole(self, whole: ReplacementReport) -> str:
         """The row of a layer that became several."""
         return self._row(
-            "whole", whole.path, whole.path, _badge(whole.member), text(shape(whole.shape_before)) if self._compared else "", "",
+            "whole", whole.path, whole.path, _badge(whole.member), text(shape(whole.shape_before)) if self._compared else "", _sparsity(whole),
             _chosen(whole), self._pair("flops", whole.flops_before, whole.flops_after, self._flops),
             self._pair("weights", whole.weights_before, whole.kept, self._weights), whole.detail,
         )  # fmt: skip
 
     def layer(self, layer: LayerReport) -> str:
         """The row of a layer, or of a part of one."""
-        sparsity = number(layer.sparsity, f"{100 * layer.sparsity:.2f} %", "sparsity") if layer.sparse else "dense"
         why = f"{layer.reason}; mask {layer.structure}" if layer.structure else layer.reason
         compared = self._compared and not layer.origin
         return self._row(
             "part" if layer.origin else "layer", layer.path, layer.path.removeprefix(layer.origin), _now(layer),
-            _weight(layer, compared), sparsity, _chosen(layer),
+            _weight(layer, compared), _sparsity(layer), _chosen(layer),
             self._pair("flops", layer.flops_before if compared else None, layer.flops_after, self._flops),
             self._pair("weights", layer.weights_before if compared else None, layer.kept, self._weights), why,
         )  # fmt: skip
@@ -129,6 +138,10 @@ def _weight(layer: LayerReport, compared: bool) -> str:
 def _breakable(path: str) -> str:
     """A module path that may be broken after a dot."""
     return text(path).replace(".", ".<wbr>")
+
+
+def _sparsity(layer: LayerReport | ReplacementReport) -> str:
+    return number(layer.sparsity, f"{100 * layer.sparsity:.2f} %", "sparsity") if layer.search_space else "dense"
 
 
 def _chosen(layer: LayerReport | ReplacementReport) -> str:

@@ -67,7 +67,7 @@ class ReplacementReport:
     Attributes:
         path: module path of the layer, of their container now.
         summary: what stands in its place.
-        shape_before: shape of the dense weight, or None if the dense model has no such layer.
+        shape_before: shape of the dense weight, outputs first, or None if the dense model has no such layer.
         flops_before: FLOPs of the layer's calls in one forward pass of the dense model.
         parts: the layers in its place, each with its path.
     """
@@ -94,6 +94,12 @@ class ReplacementReport:
         return sum(part.search_space for part in self.parts)
 
     @property
+    def sparsity(self) -> float:
+        """Removed share of the parts that have a mask, in [0, 1]; 0 if none has."""
+        kept = sum(part.kept for part in self.parts if part.sparse)
+        return 1 - kept / self.search_space if self.search_space else 0.0
+
+    @property
     def weights_before(self) -> int:
         """Weights of the layer in the dense model, bias excluded; 0 if it has no such layer."""
         return 0 if self.shape_before is None else math.prod(self.shape_before)
@@ -113,5 +119,5 @@ class ReplacementReport:
         return {
             "path": self.path, "summary": self.summary, "shape_before": self.shape_before, "flops_before": self.flops_before,
             "flops_after": self.flops_after, "kept": self.kept, "search_space": self.search_space,
-            "parts": [part.path for part in self.parts],
+            "sparsity": self.sparsity, "parts": [part.path for part in self.parts],
         }  # fmt: skip

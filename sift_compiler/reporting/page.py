@@ -218,7 +218,8 @@ def _memory(report: Report) -> str:
         )
     parts.append(
         "<p><b>Training state</b> is what is kept from one step to the next. A sparse layer has a value, a gradient and optimizer state "
-        "for each kept weight only, and its position besides.</p>"
+        "for each kept weight, not for the whole weight, and the position of each besides. (In dense storage it has them for every entry.)"
+        "</p>"
     )
     return "".join(parts) + _training(report)
 

@@ -16,7 +16,7 @@ code{font:13px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(168px,1fr));gap:12px;margin:20px 0 0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
 .card .name{color:var(--soft);font-size:13px}.card .value{font-size:25px;font-weight:650;line-height:1.25;font-variant-numeric:tabular-nums}
-.members{grid-template-columns:repeat(auto-fit,minmax(460px,1fr));margin-top:8px}.member{display:flex;gap:16px;align-items:center}
+.members{grid-template-columns:repeat(auto-fit,minmax(min(460px,100%),1fr));margin-top:8px}.member{display:flex;gap:16px;align-items:center}
 .member p{margin:4px 0 0;font-size:14px}.drawing{flex:none;max-width:100%}
 .card .more{color:var(--soft);font-size:13px}
 .sheet{background:var(--card);border:1px solid var(--line);border-radius:10px;overflow-x:auto}
@@ -24,11 +24,12 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:7px 10px;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:0}
 thead th{font-size:12.5px;font-weight:600;color:var(--soft);white-space:nowrap;vertical-align:bottom}
-tbody th{font-weight:500}.right{text-align:right}.nowrap{white-space:nowrap}
+tbody th{font-weight:500}data{white-space:nowrap}.right{text-align:right}.nowrap{white-space:nowrap}
 td.bars{min-width:165px;width:15%}#layers th[scope]{min-width:170px}#layers td:last-child{min-width:150px}.track{background:var(--track);border-radius:3px;height:8px;display:flex;overflow:hidden;margin:3px 0}
 .track.tall{height:16px}.bar{height:100%}.bar.dense{background:var(--dense)}.bar.sparse{background:var(--sparse)}
 .pair{display:grid;grid-template-columns:minmax(60px,1fr) 58px;gap:0 8px;align-items:center}
 .pair data{font-size:12px;line-height:14px;color:var(--soft);text-align:right;white-space:nowrap}
+#parts:not(:checked)~.sheet tr.part{display:none}label[for=parts]{font-size:13px;color:var(--soft)}#parts~.sheet{margin-top:8px}
 tr.part th{padding-left:28px}tr.part>*{font-size:13.5px}tr.whole>*{border-bottom-style:dashed}tr.rest>*{color:var(--soft)}
 .badge{display:inline-block;padding:0 8px;border-radius:999px;border:1px solid currentColor;font-size:12px;line-height:18px;white-space:nowrap;color:var(--soft)}
 .SparseWide{color:var(--wide)}.SparseParallel{color:var(--parallel)}.SparseFactorized{color:var(--factorized)}.SparseDoped{color:var(--doped)}

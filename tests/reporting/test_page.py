@@ -183,6 +183,18 @@ def test_names_cannot_break_the_page(mixed):
     assert Page(f"<p title='{text(evil)}'>x</p>").tags == [("p", {"title": evil})]
 
 
+def test_parts_can_be_hidden_and_are_where_there_are_very_many(mixed, models):
+    def switch(report):
+        return next((given for tag, given in Page(report.to_html()).tags if tag == "input"), None)
+
+    assert "checked" in switch(mixed[-1])
+    model, x = models.mlp(), torch.randn(2, 64)
+    assert switch(sift.report(model, sift.rewrite(model, x, sift.SparseWide(sparsity=0.5)), x)) is None
+    many = sift.rewrite(model, x, {"3": sift.SparseParallel(sparsity=0.98)})
+    assert sum(bool(layer.origin) for layer in sift.report(model, many, x).layers) > 40
+    assert "checked" not in switch(sift.report(model, many, x))
+
+
 def test_a_model_alone_has_one_side(mixed):
     _, sparse, x, _ = mixed
     report = sift.report(sparse, sparse, x, name="sparse.pt2")
