@@ -49,6 +49,10 @@ class Runtime(Protocol):
 
     name: str
 
+    @property
+    def image_lanes(self) -> int:
+        """Images in a vector of its kernels for convolutions between convolutions (see nn.image_vectors); 0 if it has none."""
+
     def refuse(self, spec: LayerSpec, device: str) -> str | None:
         """Why this runtime does not take the layer on this device, or None if it does."""
 

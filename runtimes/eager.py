@@ -8,6 +8,7 @@ from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn import reference
 from sift_compiler.nn.fused import NOTHING, Finish
+from sift_compiler.nn.image_vectors import by_image
 from sift_compiler.runtimes.base import Specialisations
 
 
@@ -31,15 +32,15 @@ class EagerKernel:
         self.specialisations.calls += 1
         if spec.kind == "linear":
             return reference.linear(x, values, index, bias, spec.weight_shape)
-        return reference.conv2d(
-            x, values, index, bias, spec.weight_shape, spec.stride, spec.padding, spec.dilation, spec.groups
-        )
+        geometry = (spec.weight_shape, spec.stride, spec.padding, spec.dilation, spec.groups)
+        return by_image(lambda x: reference.conv2d(x, values, index, bias, *geometry), x)
 
 
 class EagerRuntime:
     """Takes every layer on every device."""
 
     name = "eager"
+    image_lanes = 0
 
     def refuse(self, spec: LayerSpec, device: str) -> str | None:
         """Never refuses."""

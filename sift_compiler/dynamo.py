@@ -18,6 +18,7 @@ from torch import fx
 
 from sift_compiler.lowering.dense_layers import call_kernel, dense_layers
 from sift_compiler.lowering.fuse import Chain, find_chain, fuse, needs_gradients
+from sift_compiler.lowering.image_vectors import keep_image_vectors
 from sift_compiler.lowering.partition import SparseNode, assign_handle, partition
 from sift_compiler.nn import live, pruned
 from sift_compiler.options import CompileOptions, from_mapping
@@ -39,6 +40,8 @@ class Compilation:
     """One live kernel per sparse layer call that the runtime took."""
     fused: tuple[tuple[str, str], ...] = ()
     """(layer, what follows it) of every layer call that also computes what follows it: "batch norm + add + relu"."""
+    side_by_side: int = 0
+    """Convolution calls between which images stay side by side in vectors, see lowering.image_vectors."""
     refused: tuple[tuple[str, str], ...] = ()
     """(layer, reason) of every sparse layer call that runs on the reference path."""
     rest: str = ""
@@ -79,7 +82,9 @@ def sift(
     nodes = partition(graph_module.graph, runtime.refuse)
     taken = [node for node in nodes if node.refusal is None]
     inference = not needs_gradients(graph_module.graph, example_inputs)
-    _take(taken, compilation, runtime, threads, inference)
+    calls = _take(taken, compilation, runtime, threads, inference)
+    if inference and runtime.image_lanes:
+        compilation.side_by_side = len(keep_image_vectors(graph_module.graph, calls, runtime.image_lanes))
     if chosen.prune_threshold is not None and not torch.is_grad_enabled():
         _take_pruned(graph_module.graph, example_inputs, compilation, runtime, threads, chosen.prune_threshold)
     graph_module.recompile()
@@ -102,19 +107,22 @@ def _owning(run: Compiled, compilation: Compilation) -> Compiled:
 
 def _take(
     nodes: Sequence[SparseNode], compilation: Compilation, runtime: Runtime, threads: int, inference: bool
-) -> None:  # fmt: skip
-    """Hand sparse layers to kernels; for inference with what follows them."""
-    kernels, handles, fused = [], [], []
+) -> list[fx.Node]:  # fmt: skip
+    """Hand sparse layers to kernels; for inference with what follows them. Returns the fused calls of convolutions."""
+    kernels, handles, fused, calls = [], [], [], []
     for node in nodes:
         chain = find_chain(node) if inference else Chain()
         kernels.append(runtime.build(node.spec, node.name, threads, chain.epilogue))
         handles.append(live.register(kernels[-1]))
-        if chain.steps:
-            fuse(node, chain, handles[-1])
-            fused.append((node.name, str(chain.epilogue)))
+        convolution = inference and node.spec.kind == "conv2d"
+        if chain.steps or convolution:
+            call = fuse(node, chain, handles[-1])
+            calls += [call] * convolution
+            fused += [(node.name, str(chain.epilogue))] * bool(chain.steps)
         else:
             assign_handle(node, handles[-1])
     compilation.kernels, compilation.handles, compilation.fused = tuple(kernels), tuple(handles), tuple(fused)
+    return calls
 
 
 def _take_pruned(

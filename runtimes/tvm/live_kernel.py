@@ -75,7 +75,10 @@ class TvmKernel:
     def __call__(
         self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish = NOTHING
     ) -> Tensor:
-        """x [N, C, H, W] or [..., in] → [N, M, H', W'] or [..., out], contiguous float32; ``finish`` holds what the epilogue needs."""
+        """x [N, C, H, W] or [..., in] → [N, M, H', W'] or [..., out], contiguous float32; ``finish`` holds what the epilogue needs.
+
+        With images side by side (see nn.image_vectors): [N / lanes, C, H, W, lanes] → [N / lanes, M, H', W', lanes].
+        """
         if self._watch.moved(index):
             self._follow(index)
         shape = tuple(x.shape)
@@ -116,8 +119,11 @@ class TvmKernel:
         target = y.view(-1, y.shape[-1]) if linear else y
         finish = finish.like(target)
         if self.spec.nnz == 0 or self.spec.in_channels == 0:
-            target.copy_(bias if linear else bias.view(1, -1, 1, 1))
+            target.copy_(bias if linear else bias.view(-1, *(1 for _ in target.shape[2:])))
             target.copy_(finish.apply(target, self.epilogue.activation, 1))
+            return
+        if x.dim() == 5:
+            parts[0].run(source, values, bias, target, finish)
             return
         for part in parts:
             first, last = part.choice.first, part.choice.first + part.choice.count
@@ -153,7 +159,10 @@ class TvmKernel:
         plan = self.plan(shape)
         size = (shape[2], shape[3]) if self.spec.kind == "conv2d" else (1, 1)
         begin = time.perf_counter()
-        parts = tuple(prepare(self.spec, part, size, self.cpu, self.threads, self.epilogue) for part in plan.parts)
+        parts = tuple(
+            prepare(self.spec, part, size, self.cpu, self.threads, self.epilogue, len(shape) == 5)
+            for part in plan.parts
+        )
         self.specialisations.builds += len(parts)
         self.specialisations.build_ms += 1e3 * (time.perf_counter() - begin)
         host = index.numpy()
@@ -196,9 +205,10 @@ class TvmKernel:
                 raise UserError(
                     f"{self.name}: expected an input of shape [..., {spec.in_channels}], got {list(shape)}."
                 )
-        elif len(shape) != 4 or shape[1] != spec.in_channels:
+        elif len(shape) not in (4, 5) or shape[1] != spec.in_channels or shape[4:] not in ((), (self.cpu.lanes,)):
             raise UserError(
-                f"{self.name}: expected an input of shape [N, {spec.in_channels}, H, W], got {list(shape)}."
+                f"{self.name}: expected an input of shape [N, {spec.in_channels}, H, W], or [N / {self.cpu.lanes}, {spec.in_channels}, "
+                f"H, W, {self.cpu.lanes}], got {list(shape)}."
             )
         elif min(spec.output_size(shape[2], shape[3])) < 1:
             raise UserError(
@@ -209,4 +219,4 @@ class TvmKernel:
     def _output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if self.spec.kind == "linear":
             return (*shape[:-1], self.spec.out_channels)
-        return (shape[0], self.spec.out_channels, *self.spec.output_size(shape[2], shape[3]))
+        return (shape[0], self.spec.out_channels, *self.spec.output_size(shape[2], shape[3]), *shape[4:])

@@ -14,6 +14,11 @@ class TvmRuntime:
 
     name = "tvm"
 
+    @property
+    def image_lanes(self) -> int:
+        """float32 numbers in a vector of this machine."""
+        return host_cpu().lanes
+
     def refuse(self, spec: LayerSpec, device: str) -> str | None:
         """Why a layer is not taken, or None: kernels are for float32 on the CPU."""
         if device.split(":")[0] != "cpu":

@@ -136,6 +136,13 @@ def _choose_images(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts) -> tu
     return tuple(parts)
 
 
+def _choose_image_vectors(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts) -> Choice:
+    """The tile of a convolution whose input lies with images side by side: ``shape`` is (groups of images, C, H, W, lanes)."""
+    tile, cost = _image_tile(spec, spec.output_size(shape[2], shape[3]), cpu)
+    reason = f"{_describe(spec, tile)}; images stay side by side between sparse layers, relative cost {cost:.2f}"
+    return Choice(tile=tile, first=0, count=shape[0] * shape[4], reason=reason)
+
+
 def _choose_tokens(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> tuple[Choice, ...]:
     lanes = cpu.lanes
 
@@ -163,7 +170,7 @@ def choose(
 
     Args:
         spec: the layer.
-        input_shape: ``(N, C, H, W)``, or ``(tokens, in)`` for a linear layer.
+        input_shape: ``(N, C, H, W)``, or ``(tokens, in)`` for a linear layer, or ``(N / lanes, C, H, W, lanes)`` with images side by side.
         cpu: the processor.
         whole_vectors: leave out what serves few tokens only: lanes are whole vectors of images, positions or tokens.
 
@@ -176,4 +183,6 @@ def choose(
     if spec.kind == "linear":
         rows = None if whole_vectors else choose_rows(spec, input_shape[0], cpu)
         return _choose_tokens(spec, input_shape[0], cpu) if rows is None else (rows,)
+    if len(input_shape) == 5:
+        return (_choose_image_vectors(spec, input_shape, cpu),)
     return _choose_images(spec, input_shape, cpu)

@@ -82,9 +82,10 @@ def find_chain(sparse: SparseNode) -> Chain:
     return next(chain for chain in reversed(chains) if not _disturbed(sparse.node, chain))
 
 
-def fuse(sparse: SparseNode, chain: Chain, handle: int) -> None:
-    """Replace the layer and ``chain`` by one call of the kernel behind ``handle``."""
-    bound, graph, last = bound_arguments(sparse.node), sparse.node.graph, chain.steps[-1]
+def fuse(sparse: SparseNode, chain: Chain, handle: int) -> fx.Node:
+    """Replace the layer and ``chain`` by one call of the kernel behind ``handle``, which is returned."""
+    replaced = (sparse.node, *chain.steps)
+    bound, graph, last = bound_arguments(sparse.node), sparse.node.graph, replaced[-1]
     with graph.inserting_before(last):
         norm = [None if chain.norm is None else chain.norm[name] for name in ("mean", "variance", "weight", "bias")]
         tensors = [bound[name] for name in ("x", "values", "index", "bias")]
@@ -102,8 +103,9 @@ def fuse(sparse: SparseNode, chain: Chain, handle: int) -> None:
         made = graph.call_function(target, arguments)
     made.meta = {**last.meta, "nn_module_stack": sparse.node.meta.get("nn_module_stack")}
     last.replace_all_uses_with(made)
-    for node in (*reversed(chain.steps), sparse.node):
+    for node in reversed(replaced):
         graph.erase_node(node)
+    return made
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def _disturbed(layer: fx.Node, chain: Chain) -> bool:
         return False
     node = layer.next
     while node is not chain.steps[-1]:
-        if node not in chain.steps and _mutates(node):
+        if node not in chain.steps and mutates(node):
             return True
         node = node.next
     return False
@@ -196,7 +198,7 @@ _INPLACE_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
 ) | {operator.setitem, operator.delitem}
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
     """Whether a node might change a tensor in place; in doubt, yes."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return False

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sift_compiler.nn import live, operators, reference
+from sift_compiler.nn.image_vectors import by_image
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -110,11 +111,14 @@ def conv2d_fused(
     residual: Tensor | None, activation: str, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
-    """:func:`operators.conv2d`, finished; the norm's tensors [M], residual [N, M, H', W'] → [N, M, H', W'], contiguous."""
+    """:func:`operators.conv2d`, finished; the norm's tensors [M], residual [N, M, H', W'] → [N, M, H', W'], contiguous.
+
+    With images side by side in vectors (see image_vectors) x, residual and the result have a fifth dimension.
+    """
     finish = Finish.of_norm(norm_mean, norm_variance, norm_weight, norm_bias, eps, residual)
     if kernel_handle != live.REFERENCE:
         return _kernel(kernel_handle)(x, values, index, bias, finish)
-    y = reference.conv2d(x, values, index, bias, shape, stride, padding, dilation, groups)
+    y = by_image(lambda x: reference.conv2d(x, values, index, bias, shape, stride, padding, dilation, groups), x)
     return finish.apply(y, activation, 1).contiguous()
 
 
@@ -126,7 +130,7 @@ def _(
     dilation: Sequence[int], groups: int, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
     weight = values.new_empty(torch.Size(shape))
-    y = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
+    y = by_image(lambda x: F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups), x)
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 

@@ -12,6 +12,7 @@ nn.growth (0: none), ``kernel_handle`` one of nn.live (0: the reference). Both a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -233,7 +234,8 @@ _register_autocast("cuda")
 
 @register_flop_formula(torch.ops.sift.conv2d)
 def _conv2d_flops(x: Any, values: Any, index: Any, bias: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return int(2 * values[0] * out_shape[0] * out_shape[2] * out_shape[3])
+    # A fifth dimension holds images, see image_vectors.
+    return int(2 * values[0] * math.prod(out_shape) // max(1, out_shape[1]))
 
 
 @register_flop_formula([torch.ops.sift.conv2d_input_gradient])
