@@ -10,9 +10,11 @@ from torch import nn
 from sift_compiler.capture import capture
 from sift_compiler.errors import UnsupportedError
 from sift_compiler.ir import annotations as notes
+from sift_compiler.options import SparseParallel, SparseWide
 from sift_compiler.passes import width_registry
 from sift_compiler.passes.infer_widths import InferWidths
 from sift_compiler.passes.reshape_widths import groups
+from sift_compiler.rewrite import rewrite
 
 
 def table_of(model, *inputs, pin=()):
@@ -161,6 +163,28 @@ def test_an_operator_without_a_rule_is_refused_pinned_or_given_one(monkeypatch):
     width_registry.register_width_rule(torch.ops.aten.cumprod.default, lambda context, node: context.of(node.args[0]))
     table, _ = table_of(Odd(), x)
     assert not table.tensors["b.weight"][0].fixed
+
+
+def test_the_refusal_names_the_module_of_the_operator_and_the_ways_out_work():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(Odd(), nn.Conv2d(2, 8, 1))
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.head(self.block(x))
+
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(
+        UnsupportedError, match=r"node 'cumprod' .* in module 'block\.0' .*pin=\('block\.0',\)"
+    ) as caught:
+        rewrite(Outer(), x, SparseWide(sparsity=0.75))
+    for way in ("pin it", "register_width_rule", "a transformation that changes single layers"):
+        assert way in str(caught.value)
+    pinned = rewrite(Outer(), x, SparseWide(sparsity=0.75, pin=("block.0",)))
+    assert pinned.get_submodule("block.0.b").weight_shape == (8, 16, 1, 1)
+    assert rewrite(Outer(), x, SparseParallel(sparsity=0.75))(x).shape == (2, 2, 4, 4)
 
 
 def test_what_a_rule_cannot_follow_is_pinned():
