@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sift_compiler.attachment import Attachment
 from sift_compiler.errors import StaleArtifactError, UserError
-from sift_compiler.masking import exploration, gradients
+from sift_compiler.masking import exploration
 from sift_compiler.masking.history import LayerUpdate, MaskUpdate
 from sift_compiler.whole_file import appearing_whole
 
@@ -86,7 +86,7 @@ class Recording:
 
     def record(self, update: MaskUpdate, method: Mapping[str, Any]) -> None:
         """Write ``update`` to wherever it shall go; ``method`` is the method's name and options."""
-        if gradients.distributed() and torch.distributed.get_rank() != 0:
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
             return
         if self._report is not None:
             self._append(self._report, update, method)
