@@ -48,7 +48,8 @@ def dense_storage(module: nn.Module, seed: int = 0) -> nn.Module:
 def compact(module: nn.Module) -> nn.Module:
     """Keep of all sparse layers of ``module`` only the weights in their masks; what the module computes stays.
 
-    Also removes the empty slots that GMP, GraNet, MEST and SRigL leave.
+    Also removes the empty slots that GMP, GraNet, MEST and SRigL leave, and brings weights that masks have moved between slots into the
+    order of the dense weight: kernels for few tokens then read them where they are. A layer without either stays as it is.
 
     Args:
         module: holds sparse layers; it is changed in place and returned.
@@ -57,9 +58,11 @@ def compact(module: nn.Module) -> nn.Module:
         UserError: there is no sparse layer.
     """
     for layer in _layers(module):
-        kept = layer.index >= 0
-        if not bool(kept.all()):
-            _replace(layer, layer.values[kept], layer.index[kept])
+        index = layer.index
+        if not bool((index >= 0).all()) or not bool((index[1:] > index[:-1]).all()):
+            order = index.argsort()
+            order = order[index[order] >= 0]
+            _replace(layer, layer.values[order], index[order])
     return module
 
 

@@ -17,7 +17,9 @@ from sift_compiler.ir.pattern import EMPTY, asleep
 from sift_compiler.lowering.epilogue import Epilogue
 from sift_compiler.lowering.row_program import BALANCED, SHORT_COLUMNS, pack_rows
 from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.nn import SparseLinear
 from sift_compiler.nn.fused import Finish
+from sift_compiler.nn.storage import compact
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.target import cpu_facts, host_cpu
 
@@ -196,3 +198,18 @@ def test_values_in_order_are_read_where_they_are() -> None:
     spec = LayerSpec(kind="linear", weight_shape=(50, 40), nnz=len(index))
     assert pack_rows(index.numpy(), spec).direct
     assert not pack_rows(index.flip(0).numpy(), spec).direct
+
+
+def test_compact_brings_moved_weights_into_order() -> None:
+    layer = SparseLinear(40, 50, sparsity=0.7)
+    before = layer.values
+    compact(layer)
+    assert layer.values is before
+    layer.index.copy_(layer.index[torch.randperm(len(layer.index))])
+    layer.index[7] = EMPTY
+    dense = layer.dense_weight().detach().clone()
+    compact(layer)
+    assert torch.equal(layer.dense_weight(), dense)
+    assert len(layer.index) == len(before) - 1
+    spec = LayerSpec(kind="linear", weight_shape=(50, 40), nnz=len(layer.index))
+    assert pack_rows(layer.index.numpy(), spec).direct
