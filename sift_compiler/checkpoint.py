@@ -67,6 +67,9 @@ class Checkpoint:
     def restore(self, *, optimizer: Optimizer | None = None, masks: MaskScheduler | None = None) -> None:
         """Bring an optimizer and a mask scheduler of ``module``, and torch's random number generators, to the saved point.
 
+        The generators get the states of the process that saved. Where there are several, whose dropout differs, keep those of all in
+        ``extra``, as examples/train_distributed.py does.
+
         Raises:
             UserError: a state is asked for that was not saved, or the optimizer groups the parameters in another way.
             StaleArtifactError: the saved masks do not fit.

@@ -50,8 +50,11 @@ def schedule(
 
     Call it before the first call of a compiled module: the hooks that carry dense gradients become part of its graph.
 
+    With several processes call it in all, best with the DistributedDataParallel wrapper: its process group is the one gradients are averaged over,
+    and it stops to broadcast masks on every forward pass. The masks are the same in all processes; that is checked.
+
     Args:
-        module: what :func:`sift_compiler.rewrite` returned, or any module that holds sparse layers.
+        module: what :func:`sift_compiler.rewrite` returned, any module that holds sparse layers, or a wrapper of one.
         optimizer: one of torch.optim with per-weight state (SGD, Adam, AdamW, …) that holds the layers' ``values``; also inside a wrapper
             of Accelerate or Lightning.
         method: ``RigL(end_step=…)``, ``SET(end_step=…)``, ``Static()`` or another method; or one of your own (sift.OwnMethod).
@@ -60,7 +63,8 @@ def schedule(
     Raises:
         UserError: an argument of the wrong kind, no sparse layer, values that the optimizer does not hold, a structure or storage that
             does not fit the method, or masks that another scheduler moves already.
-        UnsupportedError: layers that share their values; later, an optimizer whose state is not understood.
+        UnsupportedError: layers that share their values or, sharded, spread them over processes; later, an optimizer whose state is not
+            understood. Later, too, a UserError in all processes if their masks are not the same.
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"module must be a torch.nn.Module, not {type(module).__name__}.")

@@ -115,11 +115,10 @@ def _specification(node: fx.Node) -> tuple[LayerSpec, str]:
 
 def _number(argument: int | fx.Node) -> int:
     """A size of the layer. Dynamo makes numbers of modules that FSDP manages symbols; taking one as an int guards it."""
-    return (
-        int(argument.meta.get("example_value", argument.meta.get("val")))
-        if isinstance(argument, fx.Node)
-        else int(argument)
-    )
+    if not isinstance(argument, fx.Node):
+        return int(argument)
+    symbol: int | torch.SymInt = argument.meta["example_value" if "example_value" in argument.meta else "val"]
+    return int(symbol)
 
 
 def _module_path(node: fx.Node) -> str:
