@@ -108,6 +108,7 @@ def test_counts_and_structures_are_exact_after_every_update(method, structure, s
     chosen = type(METHODS[method])(**{**vars(METHODS[method]), "seed": seed})
     model = network(STRUCTURES[structure], seed, sparsity, storage_of(method))
     start = [layer.pattern.nnz for layer in sparse_layers(model)]
+    assert start == [layer.structure.kept(layer.weight_shape, sparsity) for layer in sparse_layers(model)]
     slots = [layer.index.numel() for layer in sparse_layers(model)]
     masks = schedule(model, adam(model), chosen)
     for step in range(STEPS):
@@ -161,7 +162,9 @@ def test_a_resumed_run_is_the_one_that_was_never_stopped_and_seeds_decide(method
             train(model, optimizer, range(first, last))
         return model, optimizer, masks
 
-    whole, resumed, other = run(()), run((2, 3)), run((), seed=1)
+    whole, again, resumed, other = run(()), run(()), run((2, 3)), run((), seed=1)
+    assert same(whole[0], again[0])
+    assert [update.layers for update in whole[2].updates] == [update.layers for update in again[2].updates]
     assert same(whole[0], resumed[0])
     for one, two in zip(whole[1].state.values(), resumed[1].state.values(), strict=True):
         assert all(torch.equal(one[key], two[key]) for key in one)
