@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sift_compiler.errors import UnsupportedError, UserError
 from sift_compiler.masking import criteria, gradients
+from sift_compiler.masking.layer import Memory
 from sift_compiler.nn import SparseLayer
 
 
@@ -67,17 +68,25 @@ def refuse_shards(module: nn.Module, doing: str, instead: str) -> None:
             )
 
 
-def require_same_masks(layers: Mapping[str, SparseLayer], group: gradients.Group, step: int) -> None:
+def require_same_masks(
+    layers: Mapping[str, SparseLayer], memory: Mapping[str, Memory], group: gradients.Group, step: int
+) -> None:
     """Raise UserError, in all processes, if they hold different masks. One collective of 16 bytes per layer.
 
     Args:
         layers: layers by module path.
+        memory: what the method remembers of some of them, which must be the same, too.
         group: the processes.
         step: optimizer steps taken, for the message.
     """
     if not layers or not gradients.distributed(group):
         return
-    mine = torch.stack([digest(layer.index) for layer in layers.values()])
+    mine = torch.stack(
+        [
+            sum((digest(kept) for _, kept in sorted(memory.get(name, {}).items())), digest(layer.index))
+            for name, layer in layers.items()
+        ]
+    )
     # The largest of x and of its complement: they belong together only where all processes have the same x.
     extremes = torch.stack([mine, ~mine])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
@@ -87,15 +96,18 @@ def require_same_masks(layers: Mapping[str, SparseLayer], group: gradients.Group
         raise UserError(
             f"At optimizer step {step} the processes hold different masks of {len(names)} sparse layer(s): {', '.join(names[:5])}"
             f"{' …' if len(names) > 5 else ''}. All must train the same weights: make the model from the same seed or checkpoint in every process, "
-            "or wrap it in DistributedDataParallel before sift.schedule, which copies masks and weights of rank 0; and change "
+            "or wrap it in DistributedDataParallel, which copies masks and weights of rank 0, before sift.schedule; and change "
             "neither of them in some processes only."
         )
 
 
-def digest(index: Tensor) -> Tensor:
-    """A number, int64 [], that depends on every entry of ``index`` [slots] and its place."""
-    weights = criteria.priority(torch.arange(index.numel(), device=index.device), 0)
-    return (weights * (index.long() + 1)).sum()
+def digest(tensor: Tensor) -> Tensor:
+    """A number, int64 [] on the tensor's device, that depends on every element's bits and its place."""
+    flat = tensor.detach().reshape(-1)
+    if flat.is_floating_point():
+        flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    weights = criteria.priority(torch.arange(flat.numel(), device=flat.device), 0)
+    return (weights * (flat.long() + 1)).sum()
 
 
 def _wrappers(module: nn.Module) -> list[DistributedDataParallel]:

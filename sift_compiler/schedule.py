@@ -303,7 +303,11 @@ class MaskScheduler:
         return gradient.dense() if isinstance(gradient, Entries) else gradients.averaged(gradient, self._group)
 
     def _require_same_masks(self) -> None:
-        processes.require_same_masks({one.name: one.layer for one in self._layers}, self._group, self.step_count)
+        # What a method remembers follows from masks and means that all share, if all began with the same.
+        memory = {} if self._masks_agree else self._memory
+        processes.require_same_masks(
+            {one.name: one.layer for one in self._layers}, memory, self._group, self.step_count
+        )
         self._masks_agree = True
 
     def _movable(self, found: Mapping[str, Tensor | Entries | None]) -> list[Attachment]:

@@ -87,6 +87,11 @@ def scheduled_inside(model, optimizer):
     return parallel
 
 
+def scheduled_before(model, optimizer):
+    sift.schedule(model, optimizer, RIGL)
+    return DistributedDataParallel(model)
+
+
 def scheduled_in_compiled(model, optimizer):
     parallel = DistributedDataParallel(model)
     sift.schedule(torch.compile(parallel, backend="eager"), optimizer, RIGL)
@@ -94,7 +99,7 @@ def scheduled_in_compiled(model, optimizer):
 
 
 WAYS = {
-    "after": scheduled_after, "inside": scheduled_inside, "in compiled": scheduled_in_compiled,
+    "after": scheduled_after, "inside": scheduled_inside, "before": scheduled_before, "in compiled": scheduled_in_compiled,
     "static": functools.partial(scheduled_after, method=sift.Static()),
 }  # fmt: skip
 
@@ -184,6 +189,11 @@ def apart(rank):
         model[2].values.data.mul_(torch.linspace(-3, 3, model[2].values.numel(), dtype=torch.float64))
     found["weights"] = message_of(sift.UserError, lambda: step_once(parallel, again, rank))
     masks.remove()
+    # The wrapper hands out rank 0's weights after the method has chosen its backward set by others.
+    late = sift.dense_storage(network(seed=rank))
+    fourth = torch.optim.SGD(late.parameters(), lr=0.1)
+    sift.schedule(late, fourth, sift.TopKAST(delta_t=4, backward_sparsity=0.25))
+    found["memory"] = message_of(sift.UserError, lambda: step_once(DistributedDataParallel(late), fourth, rank))
     # Two slots that trade places leave the mask as it is, but a slot's gradients are summed by place.
     exchanged = network()
     wrapped = DistributedDataParallel(exchanged)
@@ -271,7 +281,7 @@ def test_scheduled_masks_are_not_broadcast_and_nothing_dense_is_sent_between_upd
         found = without_buckets(found)
         for one in (*NORM, GRADIENT):
             found.remove(one)
-        if place == 0 and way == "inside":
+        if place == 0 and way in ("inside", "before"):
             found.remove(INDEX)  # the first forward pass tells who wraps the module
         assert all(kind != "broadcast" for kind, _, _ in found)
         dense = [one for one in found if one[2] == "float"]
@@ -320,6 +330,7 @@ def test_masks_that_differ_are_told_on_every_rank(ranks):
         assert "same seed or checkpoint" in found["seeds"]
         assert "At optimizer step 1 the processes hold different masks of 1 sparse layer(s): 2." in found["weights"]
         assert "of 1 sparse layer(s): 0." in found["order"]
+        assert "At optimizer step 0 the processes hold different masks of 2 sparse layer(s)" in found["memory"]
 
 
 def test_compiled_kernels_follow_masks_that_move_on_two_ranks(ranks):
