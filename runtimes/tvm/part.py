@@ -102,6 +102,7 @@ class Part:
         self._packer = self._mask_packer()
         self._kernel, self._gather = self._compile()
         self._items = self._items_at_once()
+        self._ahead = self._window_rows()
         if spec.kind == "linear":
             self._tables = _Tables((), (nothing(),) * 4)
         elif tile.lanes == "space":
@@ -144,8 +145,8 @@ class Part:
             residual = finish.residual if whole or finish.residual is None else finish.residual[first : first + items]
             packed, sizes, strips = self._pack(source)
             self._kernel(
-                packed, mask.stream, mask.block_column, mask.block_value, packed_values, bias, *self._tables.runs,
-                *(self._one if t is None else t.view(-1) for t in (finish.scale, finish.shift, residual)), target.view(-1), *workspaces, self._workers(strips), strips, *sizes,
+                packed, mask.stream, mask.block_column, mask.block_value, packed_values, bias, *self._tables.runs, self._ahead[0],
+                *(self._one if t is None else t.view(-1) for t in (finish.scale, finish.shift, residual)), target.view(-1), *workspaces, self._workers(strips), strips, *sizes, *self._ahead[1:],
             )  # fmt: skip
 
     def _workers(self, pieces: int) -> int:
@@ -253,10 +254,23 @@ class Part:
             layout.window_rows, layout.window // tile.vector, self._groups, spec.out_channels,
         )  # fmt: skip
 
+    def _window_rows(self) -> tuple[Tensor, int, int]:
+        """Where the rows of a window lie in the packed input, int32, counted from its first number; how many rows, and vectors in each."""
+        tile, layout = self.choice.tile, self._layout
+        if self.spec.kind == "linear":
+            rows = np.arange(tile.width * tile.vector) * self.spec.in_channels
+            vectors = -(-min(tile.channels, self.spec.in_channels) // tile.vector)
+        else:
+            planes = min(tile.channels, self.spec.in_channels) * len(layout.phases)
+            plane, pitch = layout.plane * layout.unit, layout.pitch * layout.unit if layout.unit > 1 else 0
+            rows = (np.arange(planes)[:, None] * plane + np.arange(layout.window_rows) * pitch).reshape(-1)
+            vectors = layout.window // tile.vector
+        return torch.from_numpy(rows.astype(np.int32)), rows.size, vectors
+
     # --- preparing ------------------------------------------------------------------------------------------------
 
-    def code(self) -> tuple[Code | None, Code]:
-        """What is compiled: the packing of the input (None for tokens, which need none) and the sparse kernel."""
+    def code(self, inline: bool = True) -> tuple[Code | None, Code]:
+        """What is compiled: the packing of the input (None for tokens, which need none) and the sparse kernel, ``inline`` or of two functions."""
         tile, layout, parallel = self.choice.tile, self._layout, self.threads > 1
         output = "tokens" if self.spec.kind == "linear" else "images" if tile.lanes == "batch" else "stretches"
         packing_code: Code | None = None
@@ -267,7 +281,7 @@ class Part:
         constants = {
             "lanes": tile.vector, "rows": tile.rows, "height": tile.height, "width": tile.width,
             "pitch": layout.window if tile.height > 1 else 0, "output": output, "strip": self._strip,
-            "parallel": parallel, "epilogue": self._epilogue,
+            "parallel": parallel, "epilogue": self._epilogue, "inline": inline,
         }  # fmt: skip
         return packing_code, (sparse_tile, constants)
 
@@ -285,7 +299,7 @@ class Part:
         self._gather = lambda *_: None
 
     def _compile(self) -> tuple[Any, Any]:
-        packing_code, (generator, constants) = self.code()
+        packing_code, (generator, constants) = self.code(inline=False)
         self._pack_kernel = lambda *_: None
         if packing_code is not None:
             self._pack_kernel = compiled(packing_code[0], self._cpu.name, **packing_code[1])

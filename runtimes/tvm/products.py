@@ -20,16 +20,51 @@ _MOST = 2**31 - 1
 
 
 # fmt: off
-def block_products(*, lanes: int, rows: int, height: int, width: int, pitch: int, symbol: str) -> Any:
-    """The TIR function ``(stream, values, window, sums, groups, ahead, rows_ahead, row_count, columns, column_step)``.
-
-    It adds weight times input to ``sums``.
+def group_products(*, lanes: int, rows: int, height: int, width: int, pitch: int) -> Any:
+    """A TIR macro ``(acc, stream, values, window, column, value, begin)``: the buckets of one group of rows, one small loop each.
 
     Args:
         lanes: float32 lanes of a vector.
         rows: R, output rows computed at once.
         height, width: vectors of a tile, down and across.
         pitch: float32 numbers between two rows of vectors in the window (any number if height is 1).
+
+    It reads the group's buckets from ``stream[column[0]]`` and ``values[value[0]]`` on, moves both past them (int64, as addresses are), and adds
+    weight times input to ``acc`` [rows · height · width · lanes], which lives in registers: one load of x and one multiply-add per row of
+    the bucket's pattern. The window begins at ``begin``.
+
+    A loop over a bucket ends at a sentinel in the stream: a counted loop would be unrolled by LLVM, and its odd iterations would cost
+    a second branch miss per bucket.
+    """
+    L, R, NV = lanes, rows, height * width
+
+    @T.macro
+    def add_products(acc, stream, values, window, column, value, begin):
+        for p in T.unroll((1 << R) - 1):
+            while stream[column[0]] >= 0:
+                for j in T.unroll(height):
+                    for i in T.unroll(width):
+                        for r in T.unroll(R):
+                            if ((p + 1) >> r) & 1 == 1:
+                                acc[T.ramp((r * NV + j * width + i) * L, 1, L)] = (
+                                    acc[T.ramp((r * NV + j * width + i) * L, 1, L)]
+                                    + T.broadcast(values[value[0] + T.popcount((p + 1) & ((1 << r) - 1))], L)
+                                    * window[T.ramp(begin + T.cast(stream[column[0]], "int64") + T.int64(j * pitch + i * L), 1, L)]
+                                )
+                column[0] = column[0] + T.int64(1)
+                value[0] = value[0] + T.popcount(p + 1)
+            column[0] = column[0] + T.int64(1)
+
+    return add_products
+
+
+def block_products(*, lanes: int, rows: int, height: int, width: int, pitch: int, symbol: str) -> Any:
+    """The TIR function ``(stream, values, window, sums, groups, ahead, rows_ahead, row_count, columns, column_step)``.
+
+    It adds weight times input to ``sums``.
+
+    Args:
+        lanes, rows, height, width, pitch: see :func:`group_products`.
         symbol: what the function is called.
 
     Its pointers stand at the block's first column, its first packed value, its window, and the tile's sums
@@ -38,14 +73,12 @@ def block_products(*, lanes: int, rows: int, height: int, width: int, pitch: int
 
     While it computes, it asks for what the next window will be copied from: ``columns`` vectors, ``column_step`` apart, from ``ahead`` plus
     each of the ``row_count`` numbers of ``rows_ahead`` on, a few rows per group. Copied unasked, a window costs forty cycles per vector.
-
-    A loop over a bucket ends at a sentinel in the stream: a counted loop would be unrolled by LLVM, and its odd iterations would cost
-    a second branch miss per bucket.
     """
     L, R, NV = lanes, rows, height * width
+    add_products = group_products(lanes=lanes, rows=rows, height=height, width=width, pitch=pitch)
 
     @T.prim_func
-    def add_products(
+    def block(
         stream: T.handle("int32"), values: T.handle("float32"), window: T.handle("float32"), sums: T.handle("float32"), groups: T.int32,
         ahead: T.handle("float32"), rows_ahead: T.handle("int32"), row_count: T.int32, columns: T.int32, column_step: T.int32,
     ):
@@ -67,22 +100,9 @@ def block_products(*, lanes: int, rows: int, height: int, width: int, pitch: int
             acc = registers(R * NV * L)
             for u in T.unroll(R * NV):
                 acc[T.ramp(u * L, 1, L)] = S[T.ramp((g * R * NV + u) * L, 1, L)]
-            for p in T.unroll((1 << R) - 1):
-                while F[k[0]] >= 0:
-                    for j in T.unroll(height):
-                        for i in T.unroll(width):
-                            for r in T.unroll(R):
-                                if ((p + 1) >> r) & 1 == 1:
-                                    acc[T.ramp((r * NV + j * width + i) * L, 1, L)] = (
-                                        acc[T.ramp((r * NV + j * width + i) * L, 1, L)]
-                                        + T.broadcast(V[v[0] + T.popcount((p + 1) & ((1 << r) - 1))], L)
-                                        * W[T.ramp(T.cast(F[k[0]], "int64") + T.int64(j * pitch + i * L), 1, L)]
-                                    )
-                    k[0] = k[0] + T.int64(1)
-                    v[0] = v[0] + T.popcount(p + 1)
-                k[0] = k[0] + T.int64(1)
+            add_products(acc, F, V, W, k, v, T.int64(0))
             for u in T.unroll(R * NV):
                 S[T.ramp((g * R * NV + u) * L, 1, L)] = acc[T.ramp(u * L, 1, L)]
 
-    return add_products.without_attr("global_symbol")
+    return block.without_attr("global_symbol")
 # fmt: on

@@ -9,9 +9,6 @@ For one tile of output positions, block by block of input channels:
 Only what shapes the instructions is constant (R, the tile's vectors and their distances, lanes, workers or not); channels, sizes,
 blocks, tiles and strides are arguments, so one compiled function serves every layer of its class. A row of finished tiles is transposed
 in registers, so that whole cache lines of the output are written: a line touched once per tile cost a tenth of a sparse layer's time.
-
-The loop over a bucket ends at a sentinel in the stream: a counted loop would be unrolled by LLVM, and its odd iterations would cost
-a second branch miss per bucket.
 """
 
 # The annotations of a TIR function are values, evaluated in the enclosing function.
@@ -21,10 +18,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import tvm
 from tvm.script import tirx as T
 
 from sift_compiler.lowering.epilogue import Epilogue
 from sift_compiler.runtimes.tvm.epilogue import finished
+from sift_compiler.runtimes.tvm.products import block_products, group_products
 from sift_compiler.runtimes.tvm.registers import IN_REGISTERS, registers
 from sift_compiler.runtimes.tvm.transpose import perfect_shuffle, result_half
 
@@ -35,7 +34,7 @@ Output = Literal["images", "stretches", "tokens"]
 # fmt: off
 def sparse_tile(
     *, lanes: int, rows: int, height: int, width: int, pitch: int, output: Output, strip: int, parallel: bool,
-    epilogue: Epilogue, name: str,
+    epilogue: Epilogue, inline: bool = False, name: str,
 ) -> Any:
     """The TIR function of one class of layers.
 
@@ -49,22 +48,28 @@ def sparse_tile(
             tile by itself (for outputs of fewer than four positions in a row of tiles).
         epilogue: what is done to finished sums.
         parallel: run ``workers`` workers on TVM's pool; otherwise the caller's thread does all of it.
+        inline: one function, as an exported module needs it; otherwise the inner loops are a function of their own (see products).
         name: symbol of the function.
 
     The function's arguments, in order: packed input X (the input itself for tokens); the program's stream, and where each block begins
     in it and in the values; packed values; bias [M]; stretch starts, tile positions, output positions and lengths (read for
-    ``stretches`` only); scale and shift [M] and residual, laid out as the output (read if the epilogue says so); output Y; workspaces: windows, partial sums, finished rows of tiles [workers · size]; then integers. A row of
+    ``stretches`` only); where the rows of a window lie, counted from its first number (see :func:`products.block_products`); scale and shift [M] and residual, laid out as the output (read if the epilogue says so); output Y; workspaces: windows, partial sums, finished rows of tiles [workers · size]; then integers. A row of
     tiles (``tiles_across`` of them) is the unit of parallel work.
     """
-    L, R, NV, NP = lanes, rows, height * width, (1 << rows) - 1
+    L, R, NV = lanes, rows, height * width
     N = strip
     loop = T.parallel if parallel else T.serial
+    constants = {"lanes": lanes, "rows": rows, "height": height, "width": width, "pitch": pitch}
+    add_products, products = group_products(**constants), f"{name}_products"
     images, stretches, tokens = output == "images", output == "stretches", output == "tokens"
     square, square_half = perfect_shuffle(L, L), result_half(L)
     narrow, narrow_half = perfect_shuffle(L, max(N, 2)), result_half(max(N, 2))
 
     def across(within: Any, line: Any) -> Any:
         return within if images else line
+
+    def block_step(plane_step: Any) -> Any:
+        return 1 if tokens else plane_step
 
     def stored(value: Any, width: int, scale: Any, shift: Any, residual: Any) -> Any:
         return finished(epilogue, value, width, scale, shift, residual)
@@ -73,18 +78,19 @@ def sparse_tile(
     def kernel(
         x: T.handle, stream: T.handle, block_column: T.handle, block_value: T.handle, values: T.handle, bias: T.handle,
         run_start: T.handle, run_source: T.handle, run_target: T.handle, run_length: T.handle,
-        scale: T.handle, shift: T.handle, residual: T.handle,
+        rows_ahead: T.handle, scale: T.handle, shift: T.handle, residual: T.handle,
         y: T.handle, window: T.handle, sums: T.handle, finished: T.handle,
         workers: T.int32, strips: T.int32, strips_in_group: T.int32, tiles_across: T.int32, across_step: T.int32,
         last_y: T.int32, last_x: T.int32, row_step: T.int32, column_step: T.int32, group_step: T.int32,
         blocks: T.int32, planes: T.int32, block_planes: T.int32, plane_step: T.int32, stretch_step: T.int32,
         stretch_count: T.int32, stretch_vectors: T.int32,
         groups: T.int32, M: T.int32, out_area: T.int32, out_width: T.int32,
+        ahead_rows: T.int32, ahead_vectors: T.int32,
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True, IN_REGISTERS: True})
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n7, n8, n9, n10, n11, n12, n13 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        n14, n15, n16 = T.int32(), T.int32(), T.int32()
+        n14, n15, n16, n17 = T.int32(), T.int32(), T.int32(), T.int32()
         X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
         F = T.match_buffer(stream, (n1,), "int32", align=4, offset_factor=1)
         BC = T.match_buffer(block_column, (n2,), "int32", align=4, offset_factor=1)
@@ -95,6 +101,7 @@ def sparse_tile(
         RF = T.match_buffer(run_source, (n7,), "int32", align=4, offset_factor=1)
         RT = T.match_buffer(run_target, (n8,), "int32", align=4, offset_factor=1)
         RL = T.match_buffer(run_length, (n9,), "int32", align=4, offset_factor=1)
+        A = T.match_buffer(rows_ahead, (n17,), "int32", align=4, offset_factor=1)
         SC = T.match_buffer(scale, (n14,), "float32", align=4, offset_factor=1)
         SH = T.match_buffer(shift, (n15,), "float32", align=4, offset_factor=1)
         E = T.match_buffer(residual, (n16,), "float32", align=4, offset_factor=1)
@@ -134,30 +141,27 @@ def sparse_tile(
                             W[T.ramp(w0 + ((c * stretch_count + j) * stretch_vectors + i) * L, 1, L)] = X[
                                 T.ramp(origin + (b * block_planes + c) * plane_step + j * stretch_step + i * L, 1, L)
                             ]
-                    k = registers(1, "int32")
-                    v = registers(1, "int32")
-                    k[0] = BC[b]
-                    v[0] = BV[b]
-                    for g in range(groups):
-                        acc = registers(R * NV * L)
-                        for u in T.unroll(R * NV):
-                            acc[T.ramp(u * L, 1, L)] = S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)]
-                        for p in T.unroll(NP):
-                            while F[k[0]] >= 0:
-                                for j in T.unroll(height):
-                                    for i in T.unroll(width):
-                                        for r in T.unroll(R):
-                                            if ((p + 1) >> r) & 1 == 1:
-                                                acc[T.ramp((r * NV + j * width + i) * L, 1, L)] = (
-                                                    acc[T.ramp((r * NV + j * width + i) * L, 1, L)]
-                                                    + T.broadcast(V[v[0] + T.popcount((p + 1) & ((1 << r) - 1))], L)
-                                                    * W[T.ramp(w0 + F[k[0]] + j * pitch + i * L, 1, L)]
-                                                )
-                                k[0] = k[0] + 1
-                                v[0] = v[0] + T.popcount(p + 1)
-                            k[0] = k[0] + 1
-                        for u in T.unroll(R * NV):
-                            S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)] = acc[T.ramp(u * L, 1, L)]
+                    if inline:
+                        k = registers(1, "int64")
+                        v = registers(1, "int64")
+                        k[0] = T.cast(BC[b], "int64")
+                        v[0] = T.cast(BV[b], "int64")
+                        for g in range(groups):
+                            acc = registers(R * NV * L)
+                            for u in T.unroll(R * NV):
+                                acc[T.ramp(u * L, 1, L)] = S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)]
+                            add_products(acc, F, V, W, k, v, T.cast(w0, "int64"))
+                            for u in T.unroll(R * NV):
+                                S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)] = acc[T.ramp(u * L, 1, L)]
+                    else:
+                        # The window of the next block, or about that of the next tile: a hint, never read.
+                        ahead: T.let[T.int32] = origin + T.if_then_else(
+                            b + 1 < blocks, (b + 1) * block_planes * block_step(plane_step), across_step * column_step
+                        )
+                        T.evaluate(T.call_extern(
+                            "void", products, T.address_of(F[BC[b]]), T.address_of(V[BV[b]]), T.address_of(W[w0]), T.address_of(S[s0]), groups,
+                            T.address_of(X[ahead]), T.address_of(A[0]), ahead_rows, ahead_vectors, L,
+                        ))
                 if images:
                     if N == 0:
                         for m, j, i in T.grid(M, height, width):
@@ -206,5 +210,7 @@ def sparse_tile(
                                     S[s0 + m * NV * L + RF[RS[line] + q] + i], 1, SC[m], SH[m], E[m * out_area + RT[RS[line] + q] + i]
                                 )
 
-    return kernel
+    if inline:
+        return kernel
+    return tvm.IRModule({name: kernel, products: block_products(**constants, symbol=products)})
 # fmt: on
