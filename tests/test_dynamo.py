@@ -156,3 +156,15 @@ def test_a_mask_that_is_given_other_memory_is_noticed():
         compiled(x)
         model[1].index.data = torch.randperm(torch.Size(model[1].weight_shape).numel())[: model[1].index.numel()].int()
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_batches_of_other_sizes_share_a_graph():
+    layer = sift_nn.SparseConv2d(3, 5, 3, padding=1, sparsity=0.5).eval()
+    compiled = torch.compile(layer, backend="sift", dynamic=True, options={"runtime": "eager", "rest": "eager"})
+    with torch.no_grad():
+        for size in (16, 33, 3, 64, 15, 1):
+            x = torch.randn(size, 3, 7, 9)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, (
+        "one of a single image, one of all other batches"
+    )

@@ -129,8 +129,7 @@ def _(
     residual: Tensor | None, activation: str, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
-    weight = values.new_empty(torch.Size(shape))
-    y = by_image(lambda x: F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups), x)
+    y = by_image(lambda x: operators.empty_output(x, shape, stride, padding, dilation, groups), x)
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 

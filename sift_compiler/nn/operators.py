@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -42,9 +41,21 @@ def _(
     x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, shape: Ints, stride: Ints,
     padding: Ints, dilation: Ints, groups: int, probe: int = 0, kernel_handle: int = 0,
 ) -> Tensor:  # fmt: skip
-    weight = values.new_empty(torch.Size(shape))
-    y = F.conv2d(x, weight, bias, list(stride), list(padding), list(dilation), groups)
-    return torch.empty_like(y, memory_format=torch.contiguous_format)
+    return empty_output(x, shape, stride, padding, dilation, groups)
+
+
+def empty_output(x: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
+    """An uninitialised [N, M, H', W'] for x [N, C, H, W] and a dense weight of ``shape``.
+
+    Not by way of F.conv2d: on fake tensors that asks which of torch's implementations fits the batch, and the answer becomes a guard,
+    hence another graph for batches below 16.
+    """
+    torch._check(  # type: ignore[no-untyped-call]
+        x.dim() == 4 and x.shape[1] == shape[1] * groups,
+        lambda: f"sift::conv2d expects an input [N, {shape[1] * groups}, H, W], got {list(x.shape)}",
+    )
+    size = [(x.shape[2 + a] + 2 * padding[a] - dilation[a] * (shape[2 + a] - 1) - 1) // stride[a] + 1 for a in (0, 1)]
+    return x.new_empty((x.shape[0], shape[0], *size))
 
 
 @torch.library.custom_op("sift::conv2d_input_gradient", mutates_args=())
