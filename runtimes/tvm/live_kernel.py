@@ -23,6 +23,7 @@ from sift_compiler.runtimes.base import Specialisations
 from sift_compiler.runtimes.recompile import MaskWatch
 from sift_compiler.runtimes.tvm.input_gradient import InputGradient
 from sift_compiler.runtimes.tvm.output import fresh_output
+from sift_compiler.runtimes.tvm.lane_part import LanePart
 from sift_compiler.runtimes.tvm.prepare import LayerPart, prepare
 from sift_compiler.runtimes.tvm.values_gradient import ValuesGradient
 from sift_compiler.runtimes.tvm.workspace import scratch
@@ -59,7 +60,7 @@ class TvmKernel:
         self._input_gradient = InputGradient(spec, derived)
         self._values_gradient = ValuesGradient(spec, name, threads, cpu, backward)
         self._watch = MaskWatch()
-        self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[LayerPart, ...]]] = {}
+        self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[LayerPart | LanePart, ...]]] = {}
         self._no_bias = torch.zeros(spec.out_channels)
 
     def plan(self, input_shape: tuple[int, ...]) -> LayerPlan:
@@ -112,7 +113,7 @@ class TvmKernel:
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def _run(
-        self, parts: tuple[LayerPart, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish
+        self, parts: tuple[LayerPart | LanePart, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish
     ) -> None:
         linear = self.spec.kind == "linear"
         source = x.view(-1, x.shape[-1]) if linear else x
@@ -138,7 +139,7 @@ class TvmKernel:
                 rows = slice(first, inside)
                 self._run_padded(part, source[rows], values, bias, target[rows], finish.rows(first, inside))
 
-    def _run_padded(self, part: LayerPart, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish) -> None:
+    def _run_padded(self, part: LayerPart | LanePart, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish) -> None:
         """Fewer images (tokens) than a vector has lanes: the lanes that are left over compute what nobody reads."""
         count, real = part.choice.count, x.shape[0]
         source = scratch("padded_x", count * x[0].numel())[: count * x[0].numel()].view(count, *x.shape[1:])
@@ -155,14 +156,12 @@ class TvmKernel:
 
     # --- getting ready ----------------------------------------------------------------------------------------------
 
-    def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[LayerPlan, tuple[LayerPart, ...]]:
+    def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[LayerPlan, tuple[LayerPart | LanePart, ...]]:
         plan = self.plan(shape)
         size = (shape[2], shape[3]) if self.spec.kind == "conv2d" else (1, 1)
         begin = time.perf_counter()
-        parts = tuple(
-            prepare(self.spec, part, size, self.cpu, self.threads, self.epilogue, len(shape) == 5)
-            for part in plan.parts
-        )
+        build = LanePart if len(shape) == 5 else prepare
+        parts = tuple(build(self.spec, part, size, self.cpu, self.threads, self.epilogue) for part in plan.parts)
         self.specialisations.builds += len(parts)
         self.specialisations.build_ms += 1e3 * (time.perf_counter() - begin)
         host = index.numpy()

@@ -6,7 +6,7 @@ every turn of the innermost loops, and loads are what these loops are short of.
 
 # The annotations of a TIR function are values, evaluated in the enclosing function.
 # ruff: noqa: N806
-# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, valid-type"
 from __future__ import annotations
 
 from typing import Any

@@ -4,6 +4,7 @@ TVM gives every function of a module the calling convention of its runtime, unle
 call and is dropped. So the symbols of subroutines are added once calling conventions are settled.
 """
 
+# mypy: disable-error-code="untyped-decorator"
 from __future__ import annotations
 
 import functools

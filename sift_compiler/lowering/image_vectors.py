@@ -46,8 +46,8 @@ def keep_image_vectors(graph: fx.Graph, calls: Iterable[fx.Node], lanes: int) ->
                     side_by_side[source] = _converted(graph, source, lanes)
             arguments = list(node.args)
             for place in (_X, _RESIDUAL):
-                arguments[place] = side_by_side.get(node.args[place])  # type: ignore[arg-type]
-            call = graph.call_function(node.target, tuple(arguments))  # type: ignore[arg-type]
+                arguments[place] = side_by_side.get(node.args[place])
+            call = graph.call_function(node.target, tuple(arguments))
             call.meta = {**node.meta, "example_value": _with_lanes(fake(node), lanes)}
         side_by_side[node] = call
         made.append(call)
