@@ -147,3 +147,11 @@ def test_what_cannot_be_is_refused(run, main: Main, tmp_path: Path, capsys):
     assert run(output, "--methods", "dense", "--seeds", "0") == 2
     assert "line 1, is not a result of this program" in capsys.readouterr().err
     assert output.read_text() == '{"something": "else"}\n'
+
+
+def test_the_tables_in_the_docs_are_those_of_the_results_beside_them(main: Main, capsys):
+    docs = BENCHMARKS.parent / "docs"
+    assert main(["--output", str(docs / "accuracy.jsonl"), "--table"]) == 0
+    tables = capsys.readouterr().out.strip()
+    assert tables.startswith("**")
+    assert tables in (docs / "accuracy.md").read_text(encoding="utf-8")
