@@ -10,6 +10,7 @@ from torch import Tensor
 from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn.fused import NOTHING, Finish
+from sift_compiler.options import Tune
 
 
 @dataclass
@@ -56,5 +57,10 @@ class Runtime(Protocol):
     def refuse(self, spec: LayerSpec, device: str) -> str | None:
         """Why this runtime does not take the layer on this device, or None if it does."""
 
-    def build(self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN) -> LiveKernel:
-        """A live kernel for ``spec``; ``name`` is the layer's module path, for messages and reports. One with an epilogue is for inference."""
+    def build(
+        self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN, tune: Tune = "off"
+    ) -> LiveKernel:
+        """A live kernel for ``spec``; ``name`` is the layer's module path, for messages and reports. One with an epilogue is for inference.
+
+        ``tune`` says whether it may time tiles when it sees an input of a new shape.
+        """

@@ -64,10 +64,14 @@ class KernelCache(Generic[Code]):
     Attributes:
         folder: where they are; made when the first one is stored.
         forms: kinds of files by suffix, the best first; code is stored in the first that can be written.
+        what, again, otherwise: words for messages: what an artifact is, what a miss costs, and what not storing costs.
     """
 
     folder: Path
     forms: Mapping[str, Form[Code]]
+    what: str = "kernel"
+    again: str = "It is compiled anew"
+    otherwise: str = "Every process compiles its kernels anew"
 
     def get(self, key: Fingerprint, build: Callable[[], Code]) -> Code:
         """The code of ``key``: loaded, or built and stored for the next process.
@@ -143,14 +147,14 @@ class KernelCache(Generic[Code]):
         if self.folder not in _warned:
             _warned.add(self.folder)
             _log.warning(
-                "Nothing can be stored in %s (%s): every process compiles its kernels anew. Name a folder that can be written "
-                "to: export SIFT_CACHE_DIR=…", self.folder, reason,
+                "Nothing can be stored in %s (%s). %s. Name a folder that can be written to: export SIFT_CACHE_DIR=…",
+                self.folder, reason, self.otherwise,
             )  # fmt: skip
         return False
 
     def _miss(self, key: Fingerprint, reason: str) -> None:
         _log.warning(
-            "The cached kernel %s in %s is not used: %s. It is compiled anew.", key.digest, self.folder, reason
+            "The cached %s %s in %s is not used: %s. %s.", self.what, key.digest, self.folder, reason, self.again
         )
 
     def _record(self, key: Fingerprint) -> Path:

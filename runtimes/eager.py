@@ -9,6 +9,7 @@ from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn import reference
 from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.nn.image_vectors import by_image
+from sift_compiler.options import Tune
 from sift_compiler.runtimes.base import Specialisations
 
 
@@ -46,6 +47,8 @@ class EagerRuntime:
         """Never refuses."""
         return None
 
-    def build(self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN) -> EagerKernel:
-        """A kernel for ``spec``; torch's own thread setting holds, ``threads`` is not used."""
+    def build(
+        self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN, tune: Tune = "off"
+    ) -> EagerKernel:
+        """A kernel for ``spec``; torch's own thread setting holds, ``threads`` and ``tune`` are not used."""
         return EagerKernel(spec, name, epilogue)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sift_compiler.lowering.dense_layers import DenseLayer
 from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.options import Tune
 from sift_compiler.runtimes.base import LiveKernel, Runtime
 from sift_compiler.runtimes.recompile import MaskWatch
 
@@ -105,11 +106,14 @@ class PrunedKernel:
         runtime: who runs it when sparse.
         threads: workers of the sparse kernel.
         threshold: share of zeros below which the dense layer runs unmeasured.
+        tune: whether the sparse kernel may time tiles.
     """
 
-    def __init__(self, spec: LayerSpec, name: str, runtime: Runtime, threads: int, threshold: float) -> None:
+    def __init__(
+        self, spec: LayerSpec, name: str, runtime: Runtime, threads: int, threshold: float, tune: Tune = "off"
+    ) -> None:
         self.spec, self.name = spec, name
-        self._runtime, self._threads, self._threshold = runtime, threads, threshold
+        self._runtime, self._threads, self._threshold, self._tune = runtime, threads, threshold, tune
         self._watch, self._unrest = MaskWatch(), 0
         self._sparsity = 0.0
         self._sparse: _Sparse | None = None
@@ -162,7 +166,7 @@ class PrunedKernel:
             self._sparse = _Sparse(before.kernel, values, index if moved else before.index)
             return
         spec = dataclasses.replace(self.spec, nnz=index.numel())
-        self._sparse = _Sparse(self._runtime.build(spec, self.name, self._threads), values, index)
+        self._sparse = _Sparse(self._runtime.build(spec, self.name, self._threads, tune=self._tune), values, index)
         self._reports.clear()
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -112,7 +112,7 @@ def _take(
     kernels, handles, fused, calls = [], [], [], []
     for node in nodes:
         chain = find_chain(node) if inference else Chain()
-        kernels.append(runtime.build(node.spec, node.name, threads, chain.epilogue))
+        kernels.append(runtime.build(node.spec, node.name, threads, chain.epilogue, compilation.options.tune))
         handles.append(live.register(kernels[-1]))
         convolution = inference and node.spec.kind == "conv2d"
         if chain.steps or convolution:
@@ -133,7 +133,7 @@ def _take_pruned(
     for layer in dense_layers(graph, example_inputs):
         reason = refuse(layer, runtime, threshold)
         if reason is None:
-            kernel = PrunedKernel(layer.spec, layer.name, runtime, threads, threshold)
+            kernel = PrunedKernel(layer.spec, layer.name, runtime, threads, threshold, compilation.options.tune)
             call_kernel(layer, pruned.register(kernel))
             kernels.append(kernel)
         else:

@@ -20,6 +20,8 @@ Groups = Literal["groups_fixed", "group_width_fixed"]
 Depthwise = Literal["sparse", "dense"]
 Distribution = Literal["uniform", "er", "erk"]
 Sigma = Literal["bn_relu", "relu", "gelu", "identity"]
+Tune = Literal["off", "quick", "full"]
+TUNING: tuple[Tune, ...] = ("off", "quick", "full")
 INITIALISATIONS: tuple[Initialisation, ...] = ("paper", "sparse_aware", "default")
 DISTRIBUTIONS: tuple[Distribution, ...] = ("uniform", "er", "erk")
 DECAYS: tuple[Decay, ...] = ("cosine", "linear", "exponential", "constant")
@@ -312,6 +314,9 @@ class CompileOptions:
     """Who runs the rest of the graph."""
     threads: int | None = None
     """Threads of the sparse kernels; None takes ``torch.get_num_threads()`` at compile time."""
+    tune: Tune = "off"
+    """Whether tiles may be measured: ``"quick"`` times a handful per layer and shape of input, ``"full"`` up to two dozen, on the layer's own
+    mask; winners are kept in the user's cache folder. ``"off"``, the default, measures nothing, but takes winners that are there."""
     prune_threshold: float | None = 0.5
     """Dense layers whose weight holds at least this share of zeros, in [0, 1], run sparse where that measures faster: models that another
     tool has pruned. Only in graphs traced without gradients (``torch.no_grad()``), where a zero cannot be a weight about to be
@@ -320,6 +325,8 @@ class CompileOptions:
     def __post_init__(self) -> None:
         if self.rest not in ("inductor", "eager"):
             raise unknown_name("rest", self.rest, ("inductor", "eager"))
+        if self.tune not in TUNING:
+            raise unknown_name("tune", self.tune, TUNING)
         if self.threads is not None and self.threads < 1:
             raise _refuse(self, "threads", "at least 1, or None")
         if self.prune_threshold is not None and not 0 <= self.prune_threshold <= 1:

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from sift_compiler.runtimes.tvm.target import llvm_target
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_compiled: dict[tuple[object, ...], tuple[Any, Any]] = {}
+_writing = threading.Lock()
+_compiled: dict[tuple[object, ...], Future[tuple[Any, Any]]] = {}
+"""Libraries and their functions; threads that ask for one in the making wait for it."""
 
 _TOOLCHAIN = ("apache-tvm", "apache-tvm-ffi")
 
@@ -34,10 +37,18 @@ def compiled(generator: Callable[..., Any], cpu: str, **constants: Any) -> Any:
     """
     key = (generator.__module__, generator.__qualname__, cpu, *sorted(constants.items()))
     with _lock:
-        if key not in _compiled:
+        mine = key not in _compiled
+        future = _compiled.setdefault(key, Future())
+    if mine:
+        try:
             library = _from_disk(generator, cpu, constants)
-            _compiled[key] = (library, library[_symbol(generator)])
-        return _compiled[key][1]
+            future.set_result((library, library[_symbol(generator)]))
+        except BaseException as error:
+            with _lock:
+                del _compiled[key]
+            future.set_exception(error)
+            raise
+    return future.result()[1]
 
 
 def compile_anew(generator: Callable[..., Any], cpu: str, **constants: Any) -> Any:
@@ -53,11 +64,13 @@ def compile_anew(generator: Callable[..., Any], cpu: str, **constants: Any) -> A
 
     begin = time.perf_counter()
     try:
-        function = generator(**constants, name=_symbol(generator))
+        # TVMScript keeps what it builds in variables of the process: one at a time. Lowering and LLVM keep theirs apart.
+        with _writing:
+            function, lowering = generator(**constants, name=_symbol(generator)), pipeline()
         made_of = function.functions.values() if isinstance(function, tvm.IRModule) else (function,)
         in_registers = any(IN_REGISTERS in (each.attrs or {}) for each in made_of)
         with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_storage_rewrite": in_registers}):
-            made = tvm.compile(function, target=llvm_target(cpu), tir_pipeline=pipeline())
+            made = tvm.compile(function, target=llvm_target(cpu), tir_pipeline=lowering)
     except Exception as error:
         raise RuntimeBuildError(
             f"TVM could not compile the kernel {generator.__name__}({constants}) for {cpu}: {error}. "

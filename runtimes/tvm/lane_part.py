@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from sift_compiler.runtimes.tvm.build import compiled
 from sift_compiler.runtimes.tvm.lane_kernel import lane_tile
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
 from sift_compiler.runtimes.tvm.packed_mask import PackedMask
+from sift_compiler.runtimes.tvm.part import Part
 from sift_compiler.runtimes.tvm.workspace import scratch
 
 _ALIGNMENT = 64
@@ -58,6 +60,16 @@ class LanePart:
             pitch=layout.window if tile.height > 1 else 0, parallel=parallel, epilogue=epilogue,
         )  # fmt: skip
 
+    @property
+    def program_key(self) -> object:
+        """See Part."""
+        return self._packer.key
+
+    def share(self, other: object) -> None:
+        """Use the program of ``other``, whose :attr:`program_key` is the same."""
+        assert isinstance(other, LanePart | Part)
+        self._mask = other._mask
+
     def repack(self, index: np.ndarray[Any, np.dtype[np.int32]]) -> Program:
         """Follow the mask ``index``: int32 [nnz]."""
         program = self._packer.pack(torch.from_numpy(index))
@@ -73,9 +85,29 @@ class LanePart:
         assert mask is not None, "a part is packed before it runs"
         packed_values = scratch("values", self.spec.nnz)
         self._gather(values, mask.order, packed_values, self._workers(self.spec.nnz // 65536), self.spec.nnz)
-        tensors = (finish.scale, finish.shift, finish.residual)
+        self._kernel(*self._arguments(x, packed_values, bias, finish, y, x.shape[0] * self._layout.tiles[0]))
+
+    def trial(
+        self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, share: float
+    ) -> tuple[Callable[[], None], float]:
+        """A call that computes about ``share`` of ``y``, and how many times as long all of it takes; see :meth:`Part.trial`."""
+        mask = self._mask
+        assert mask is not None, "a part is packed before it runs"
+        packed_values = torch.empty(max(self.spec.nnz, 16))
+        self._gather(values, mask.order, packed_values, 1, self.spec.nnz)
         strips = x.shape[0] * self._layout.tiles[0]
-        self._kernel(
+        most = min(strips, self.threads * max(1, round(share * strips / self.threads)))
+        arguments = self._arguments(x, packed_values, bias, NOTHING, y, most)
+        return lambda: self._kernel(*arguments), strips / most
+
+    def _arguments(
+        self, x: Tensor, packed_values: Tensor, bias: Tensor, finish: Finish, y: Tensor, strips: int
+    ) -> tuple[Any, ...]:
+        """What the kernel takes to compute the first ``strips`` rows of tiles."""
+        mask = self._mask
+        assert mask is not None, "a part is packed before it runs"
+        tensors = (finish.scale, finish.shift, finish.residual)
+        return (
             _aligned(x), mask.stream, mask.block_column, mask.block_value, packed_values, bias,
             *(self._one if t is None else t.view(-1) for t in tensors), self._phase, self._rows_ahead, y.view(-1), *self._workspaces(),
             self._workers(strips), strips, *self._geometry(),

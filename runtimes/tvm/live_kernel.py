@@ -22,11 +22,14 @@ from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.base import Specialisations
 from sift_compiler.runtimes.recompile import MaskWatch
 from sift_compiler.runtimes.tvm.input_gradient import InputGradient
-from sift_compiler.runtimes.tvm.output import fresh_output
 from sift_compiler.runtimes.tvm.lane_part import LanePart
+from sift_compiler.runtimes.tvm.output import fresh_output
 from sift_compiler.runtimes.tvm.prepare import LayerPart, prepare
+from sift_compiler.runtimes.tvm.tune import Tuner
 from sift_compiler.runtimes.tvm.values_gradient import ValuesGradient
 from sift_compiler.runtimes.tvm.workspace import scratch
+
+AnyPart = LayerPart | LanePart
 
 _log = logging.getLogger(__name__)
 
@@ -41,11 +44,12 @@ class TvmKernel:
         cpu: the processor to compile for.
         specialisations: counters to use, those of another kernel; by default its own.
         epilogue: what is done to finished sums; gradients know nothing of it.
+        tuner: what chooses tiles, by measurements.
     """
 
     def __init__(
         self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts, specialisations: Specialisations | None = None,
-        epilogue: Epilogue = PLAIN,
+        epilogue: Epilogue = PLAIN, tuner: Tuner | None = None,
     ) -> None:  # fmt: skip
         self.spec, self.name, self.threads, self.cpu, self.epilogue = spec, name, threads, cpu, epilogue
         self.specialisations = specialisations or Specialisations(backward=Specialisations())
@@ -56,21 +60,42 @@ class TvmKernel:
             threads=threads,
             cpu=cpu,
             specialisations=backward,
+            tuner=tuner,
         )
         self._input_gradient = InputGradient(spec, derived)
         self._values_gradient = ValuesGradient(spec, name, threads, cpu, backward)
         self._watch = MaskWatch()
-        self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[LayerPart | LanePart, ...]]] = {}
+        self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[AnyPart, ...]]] = {}
+        self._packed: dict[object, AnyPart] = {}
+        self._tuner = tuner or Tuner()
         self._no_bias = torch.zeros(spec.out_channels)
 
-    def plan(self, input_shape: tuple[int, ...]) -> LayerPlan:
-        """How an input of ``input_shape`` would be computed; nothing is compiled."""
+    def plan(self, input_shape: tuple[int, ...], index: Tensor | None = None) -> LayerPlan:
+        """How an input of ``input_shape`` would be computed; nothing is compiled.
+
+        With the mask ``index`` what was measured counts, or is measured if the tuner may; without it only the rules do.
+        """
         self._check(input_shape)
         known = self._shapes.get(tuple(input_shape))
         if known is not None:
             return known[0]
         parts = choose(self.spec, self._flat(input_shape), self.cpu)
+        if index is not None:
+            host, size, side_by_side = index.numpy(), self._size(input_shape), len(input_shape) == 5
+            parts = tuple(
+                self._tuner.choose(self.spec, part, size, host, self.cpu, self.threads, side_by_side) for part in parts
+            )
         return LayerPlan(name=self.name, spec=self.spec, input_shape=tuple(input_shape), runtime="tvm", parts=parts)
+
+    @property
+    def plans(self) -> tuple[LayerPlan, ...]:
+        """One for every input shape seen."""
+        return tuple(plan for plan, _ in self._shapes.values())
+
+    @property
+    def programs(self) -> int:
+        """Programs of the mask that are kept."""
+        return len(self._packed)
 
     @torch.no_grad()
     def __call__(
@@ -113,7 +138,7 @@ class TvmKernel:
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def _run(
-        self, parts: tuple[LayerPart | LanePart, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish
+        self, parts: tuple[AnyPart, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish
     ) -> None:
         linear = self.spec.kind == "linear"
         source = x.view(-1, x.shape[-1]) if linear else x
@@ -139,7 +164,7 @@ class TvmKernel:
                 rows = slice(first, inside)
                 self._run_padded(part, source[rows], values, bias, target[rows], finish.rows(first, inside))
 
-    def _run_padded(self, part: LayerPart | LanePart, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish) -> None:
+    def _run_padded(self, part: AnyPart, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish) -> None:
         """Fewer images (tokens) than a vector has lanes: the lanes that are left over compute what nobody reads."""
         count, real = part.choice.count, x.shape[0]
         source = scratch("padded_x", count * x[0].numel())[: count * x[0].numel()].view(count, *x.shape[1:])
@@ -156,20 +181,28 @@ class TvmKernel:
 
     # --- getting ready ----------------------------------------------------------------------------------------------
 
-    def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[LayerPlan, tuple[LayerPart | LanePart, ...]]:
-        plan = self.plan(shape)
-        size = (shape[2], shape[3]) if self.spec.kind == "conv2d" else (1, 1)
+    @torch.no_grad()
+    def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[LayerPlan, tuple[AnyPart, ...]]:
+        plan = self.plan(shape, index)
+        size = self._size(shape)
         begin = time.perf_counter()
         build = LanePart if len(shape) == 5 else prepare
         parts = tuple(build(self.spec, part, size, self.cpu, self.threads, self.epilogue) for part in plan.parts)
         self.specialisations.builds += len(parts)
         self.specialisations.build_ms += 1e3 * (time.perf_counter() - begin)
-        host = index.numpy()
-        for part in parts:
-            part.repack(host)
+        self._pack(parts, index)
         _log.info("%s: %s for %s (%s)", self.name, " + ".join(str(p.tile) for p in plan.parts), shape, plan.reason)
         self._shapes[shape] = (plan, parts)
-        return self._shapes[shape]
+        return plan, parts
+
+    def _pack(self, parts: Sequence[AnyPart], index: Tensor) -> None:
+        """Bring ``parts`` up to date with the mask. Those that order it alike, for other sizes of batch, share one program."""
+        for part in parts:
+            alike = self._packed.setdefault(part.program_key, part)
+            if alike is part:
+                part.repack(index.numpy())
+            else:
+                part.share(alike)
 
     def _follow(self, index: Tensor) -> None:
         """The mask has moved: pack its programs anew for every shape seen; no code is compiled."""
@@ -180,8 +213,8 @@ class TvmKernel:
         parts = [part for _, parts in self._shapes.values() for part in parts]
         if parts:
             begin = time.perf_counter()
-            for part in parts:
-                part.repack(index.numpy())
+            self._packed.clear()
+            self._pack(parts, index)
             spent = 1e3 * (time.perf_counter() - begin)
             counters = self.specialisations
             counters.repacks, counters.repack_ms, counters.last_repack_ms = (
@@ -193,6 +226,9 @@ class TvmKernel:
         self._watch.seen(index)
 
     # --- shapes -----------------------------------------------------------------------------------------------------
+
+    def _size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return (shape[2], shape[3]) if self.spec.kind == "conv2d" else (1, 1)
 
     def _flat(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape if self.spec.kind == "conv2d" else (math.prod(shape[:-1]), shape[-1])

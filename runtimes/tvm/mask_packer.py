@@ -37,6 +37,8 @@ class MaskPacker:
             offsets,
             channel_stride,
         )
+        self.key = (rows, channels, offsets.tobytes(), channel_stride)
+        """What the order of a program depends on, but for the layer."""
         self._groups, self._blocks = -(-spec.out_channels // rows), -(-spec.in_channels // channels)
         self._buckets = self._blocks * self._groups * ((1 << rows) - 1)
         taps = offsets.size

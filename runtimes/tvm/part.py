@@ -119,6 +119,16 @@ class Part:
         self._mask = PackedMask.of(program)
         return program
 
+    @property
+    def program_key(self) -> object:
+        """Equal for parts whose program of a mask is the same."""
+        return self._packer.key
+
+    def share(self, other: Any) -> None:
+        """Use the program of ``other``, whose :attr:`program_key` is the same."""
+        assert isinstance(other._mask, PackedMask)
+        self._mask = other._mask
+
     def _mask_packer(self) -> MaskPacker:
         tile, layout = self.choice.tile, self._layout
         linear = self.spec.kind == "linear"
@@ -137,17 +147,44 @@ class Part:
         assert mask is not None, "a part is packed before it runs"
         packed_values = scratch("values", self.spec.nnz)
         self._gather(values, mask.order, packed_values, self._workers(self.spec.nnz // 65536), self.spec.nnz)
-        workspaces = self._workspaces()
         items = self._items
         for first in range(0, x.shape[0], items):
             whole = items >= x.shape[0]
             source, target = (x, y) if whole else (x[first : first + items], y[first : first + items])
             residual = finish.residual if whole or finish.residual is None else finish.residual[first : first + items]
             packed, sizes, strips = self._pack(source)
-            self._kernel(
-                packed, mask.stream, mask.block_column, mask.block_value, packed_values, bias, *self._tables.runs, self._ahead[0],
-                *(self._one if t is None else t.view(-1) for t in (finish.scale, finish.shift, residual)), target.view(-1), *workspaces, self._workers(strips), strips, *sizes, *self._ahead[1:],
-            )  # fmt: skip
+            self._kernel(*self._arguments(packed, packed_values, bias, finish, residual, target, strips, sizes))
+
+    def trial(
+        self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, share: float
+    ) -> tuple[Callable[[], None], float]:
+        """A call that computes about ``share`` of ``y``, at least a row of tiles per worker; and how many times as long all of it takes.
+
+        Arguments as those of :meth:`run`. The input is packed and values are gathered beforehand.
+        """
+        mask = self._mask
+        assert mask is not None, "a part is packed before it runs"
+        packed, sizes, strips = self._pack(x)
+        # Packed images are the same whatever the tile.
+        packed = packed if self.choice.tile.lanes == "batch" else packed.clone()
+        packed_values = torch.empty(max(self.spec.nnz, 16))
+        self._gather(values, mask.order, packed_values, 1, self.spec.nnz)
+        most = min(strips, self.threads * max(1, round(share * strips / self.threads)))
+        arguments = self._arguments(packed, packed_values, bias, NOTHING, None, y, most, sizes)
+        return lambda: self._kernel(*arguments), strips / most
+
+    def _arguments(
+        self, packed: Tensor, packed_values: Tensor, bias: Tensor, finish: Finish, residual: Tensor | None, y: Tensor,
+        strips: int, sizes: tuple[int, ...],
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """What the kernel takes to compute the first ``strips`` rows of tiles."""
+        mask = self._mask
+        assert mask is not None, "a part is packed before it runs"
+        return (
+            packed, mask.stream, mask.block_column, mask.block_value, packed_values, bias, *self._tables.runs, self._ahead[0],
+            *(self._one if t is None else t.view(-1) for t in (finish.scale, finish.shift, residual)), y.view(-1),
+            *self._workspaces(), self._workers(strips), strips, *sizes, *self._ahead[1:],
+        )  # fmt: skip
 
     def _workers(self, pieces: int) -> int:
         return max(1, min(self.threads, pieces))

@@ -74,6 +74,14 @@ class RowPart:
         self._kernel: Callable[..., Any] = compiled(generator, cpu.name, **constants)
         self._gather: Callable[..., Any] | None = compiled(kernels.gather, cpu.name, parallel=threads > 1)
 
+    program_key = "rows"
+    """See Part; the program knows neither tiles nor tokens."""
+
+    def share(self, other: object) -> None:
+        """Use the program of another part of the same layer."""
+        assert isinstance(other, RowPart)
+        self._mask = other._mask
+
     def repack(self, index: np.ndarray[Any, np.dtype[np.int32]]) -> RowProgram:
         """Follow the mask ``index``: int32 [slots]."""
         program = pack_rows(index, self.spec)

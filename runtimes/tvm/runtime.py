@@ -5,8 +5,10 @@ from __future__ import annotations
 from sift_compiler.errors import UnsupportedError
 from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.options import Tune
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.target import ensure_pool, host_cpu
+from sift_compiler.runtimes.tvm.tune import Tuner
 
 
 class TvmRuntime:
@@ -29,8 +31,10 @@ class TvmRuntime:
             return "more than 2^31 kept weights"
         return None
 
-    def build(self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN) -> TvmKernel:
-        """A live kernel; machine code is made when the first input shows its shape.
+    def build(
+        self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN, tune: Tune = "off"
+    ) -> TvmKernel:
+        """A live kernel; machine code is made when the first input shows its shape, and tiles are measured then, if at all.
 
         Raises:
             UnsupportedError: :meth:`refuse` has a reason.
@@ -40,4 +44,4 @@ class TvmRuntime:
             raise UnsupportedError(f"{name}: {reason}. Use runtime='eager'.")
         if threads > 1:
             ensure_pool(threads)
-        return TvmKernel(spec, name, max(1, threads), host_cpu(), epilogue=epilogue)
+        return TvmKernel(spec, name, max(1, threads), host_cpu(), epilogue=epilogue, tuner=Tuner(tune))

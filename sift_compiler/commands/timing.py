@@ -120,8 +120,8 @@ def _time_layer(path: str, layer: SparseLayer, x: Tensor, threads: int, rounds: 
         return LayerTime(**known, tile="", reason=refusal)
     kernel = runtime.build(spec, path, threads)
     weight = layer.dense_weight()
-    plan = kernel.plan(tuple(x.shape))
     y = kernel(x, layer.values, layer.index, layer.bias)
+    plan = kernel.plan(tuple(x.shape))
     peak, peak_flops = peak_loop(threads)
 
     def dense() -> Tensor:

@@ -1,0 +1,54 @@
+"""What a measured tile holds good for: layers of one geometry with masks that are alike, not one mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.plan import Choice
+from sift_compiler.lowering.specification import LayerSpec
+
+
+def tuning_key(
+    spec: LayerSpec, choice: Choice, size: tuple[int, int], index: npt.NDArray[np.int32], cpu: CpuFacts, threads: int
+) -> dict[str, Any]:
+    """What decides which tile is fastest, by name.
+
+    Args:
+        spec: the layer. Of its kept weights only the share enters, in steps of 19 %.
+        choice: the part of the batch, with the rules' tile. Groups of whole vectors of images are alike, however many; so are numbers of
+            tokens up to the same power of two.
+        size: height and width of the input; (1, 1) for a linear layer.
+        index: int32 [slots], the mask.
+        cpu: the processor, its caches included.
+        threads: workers of the kernel.
+    """
+    tile = choice.tile
+    if spec.kind == "linear":
+        items = f"up to {1 << (choice.count - 1).bit_length()} tokens"
+    else:
+        items = "whole vectors of images" if tile.lanes == "batch" else f"{choice.count} images"
+    kept = index[index >= 0]
+    entries = math.prod(spec.weight_shape)
+    return {
+        "layer": dataclasses.replace(spec, nnz=0, bias=False),
+        "density": round(4 * math.log2(max(kept.size, 1) / max(entries, 1))),
+        "shared": round(8 * shared_columns(kept, spec)),
+        "size": size, "items": items, "lanes": tile.lanes, "cpu": cpu, "threads": threads,
+    }  # fmt: skip
+
+
+def shared_columns(kept: npt.NDArray[np.int32], spec: LayerSpec) -> float:
+    """Share of kept weights, in [0, 1], whose column the other row of their pair keeps, too: the density of an unstructured mask, 1 of blocks 2×1."""
+    columns = math.prod(spec.weight_shape[1:])
+    if not kept.size:
+        return 0.0
+    mask = np.zeros((spec.out_channels + spec.out_channels % 2) * columns, bool)
+    mask[kept] = True
+    pairs = mask.reshape(-1, 2, columns)
+    return 2 * int(np.count_nonzero(pairs[:, 0] & pairs[:, 1])) / kept.size
