@@ -6,9 +6,7 @@ steps, and then the masks move. ``begin_step=0``, the default, makes step 0 an u
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ from sift_compiler import processes
 from sift_compiler.attachment import Attachment, attach, optimizer_inside
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError, unknown_name
 from sift_compiler.ir.entries import Entries
+from sift_compiler.loss_scale import LossScale, Scaler, checked_scaler, scaler_beside
 from sift_compiler.masking import criteria, gradients, methods, schedules, transition
 from sift_compiler.masking.history import LayerUpdate, MaskUpdate
 from sift_compiler.masking.layer import LayerView, Memory
@@ -44,7 +43,7 @@ Listener = Callable[[MaskUpdate], None]
 
 
 def schedule(
-    module: nn.Module, optimizer: Optimizer, method: MaskMethod, *, recorder: Recorder | None = None
+    module: nn.Module, optimizer: Optimizer, method: MaskMethod, *, recorder: Recorder | None = None, scaler: Scaler | None = None
 ) -> MaskScheduler:  # fmt: skip
     """Let the masks of ``module`` move on ``optimizer.step()``.
 
@@ -59,15 +58,18 @@ def schedule(
             of Accelerate or Lightning.
         method: ``RigL(end_step=…)``, ``SET(end_step=…)``, ``Static()`` or another method; or one of your own (sift.OwnMethod).
         recorder: where every update is written to, and how much of it is measured.
+        scaler: what scales the loss, such as ``torch.amp.GradScaler``; by custom that of Accelerate's wrapper, if ``optimizer`` is in one.
+            Methods that use the size of dense gradients (SNFS, BiDST) divide these by its scale; the others rank them and need none.
 
     Raises:
         UserError: an argument of the wrong kind, no sparse layer, values that the optimizer does not hold, a structure or storage that
-            does not fit the method, or masks that another scheduler moves already.
+            does not fit the method, or masks that another scheduler moves already. Later, a step by a scaler that should be known.
         UnsupportedError: layers that share their values or, sharded, spread them over processes; later, an optimizer whose state is not
             understood. Later, too, a UserError in all processes if their masks are not the same.
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"module must be a torch.nn.Module, not {type(module).__name__}.")
+    scaler = scaler_beside(optimizer) if scaler is None else checked_scaler(scaler)
     optimizer = optimizer_inside(optimizer)
     if isinstance(method, str):
         raise unknown_name(
@@ -81,7 +83,7 @@ def schedule(
         )
     if recorder is not None and not isinstance(recorder, Recorder):
         raise UserError(f"recorder must be a sift.Recorder(…), not {recorder!r}.")
-    return MaskScheduler(module, optimizer, method, recorder or Recorder())
+    return MaskScheduler(module, LossScale(optimizer, scaler), method, recorder or Recorder())
 
 
 def schedulers_of(optimizer: Optimizer) -> list[MaskScheduler]:
@@ -101,8 +103,9 @@ class MaskScheduler:
             NaN or infinite, or because no backward pass reached the layer, or more did than in any step before.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, method: MaskMethod, recorder: Recorder) -> None:
-        self.method = method
+    def __init__(self, module: nn.Module, scale: LossScale, method: MaskMethod, recorder: Recorder) -> None:
+        optimizer = scale.optimizer
+        self.method, self._scale = method, scale
         rule = methods.rule_of(method)
         self._rule = Rule(method) if rule is None else rule
         if rule is not None:
@@ -139,12 +142,13 @@ class MaskScheduler:
         return self._layers
 
     def acting_inside(self) -> Callable[[], None]:
-        """For trainers that run the backward pass inside ``optimizer.step(closure)``: what they call after it, still in the closure.
+        """For trainers that run the backward pass inside ``optimizer.step(closure)``: what they call after it, still in the closure, when
+        their gradient scaler has unscaled the gradients unless the optimizer, being fused, does.
 
         Without this, a method that acts between the backward pass and the step (SRSTE, TopKAST, RigL(skip_step="replace")) refuses closures.
         """
         self._acts_inside = True
-        return self._act
+        return functools.partial(self._act, before_step=True)
 
     def on_update(self, listener: Listener) -> Callable[[], None]:
         """Call ``listener(record)`` after every mask update; returns a function that ends it."""
@@ -171,9 +175,14 @@ class MaskScheduler:
         if not self._masks_agree:
             # Not before: schedule() may be called in one process for now, a step is taken in all.
             self._require_same_masks()
+        if self._rule.uses_gradient_size and self._wants_dense_gradient():
+            self._scale.require_known(self.method.name)
+        if self._acts_inside:
+            # A scaler of such a trainer has the closure run before this hook.
+            return
         self._withheld = []
         replaces = self._replaces()
-        if self._acts_inside or not (replaces or self._rule.changes_steps):
+        if not (replaces or self._rule.changes_steps):
             return
         if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):
             skipping, instead = ('(skip_step="replace")', ', or use skip_step="keep"') if replaces else ("", "")
@@ -187,14 +196,17 @@ class MaskScheduler:
     def _replaces(self) -> bool:
         return self._due() and isinstance(self.method, RigL) and self.method.skip_step == "replace"
 
-    def _act(self) -> None:
+    def _act(self, before_step: bool = False) -> None:
         """Between the backward pass and the optimizer's step."""
-        optimizer, replaces = self._optimizer, self._replaces()
+        optimizer, replaces, self._withheld = self._optimizer, self._replaces(), []
         if self._rule.changes_steps:
+            scale = self._scale.of_gradients(before_step=before_step)
             for one in self._layers:
-                self._rule.before_step(self._view(one, scale=1.0), _scale_of(optimizer))
+                self._rule.before_step(self._view(one), scale)
         if not replaces:
             return
+        if before_step:
+            self._scale.require_checked()
         # Optimizers of torch pass over parameters without gradient: neither momentum nor weight decay acts on them.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -208,7 +220,7 @@ class MaskScheduler:
         self._withheld = []
         for one in self._layers:
             one.end_step()
-        if _skipped_by_scaler(optimizer):
+        if self._scale.step_is_skipped:
             self._prepare_step()
             return
         if self._rule.changes_steps:
@@ -247,7 +259,7 @@ class MaskScheduler:
         view = self._view(one)
         if self._rule.watches(self.step_count) or not self._rule.reduces(view):
             return gradient
-        gradient = gradients.averaged(gradient, self._group)
+        gradient = self._dense(gradient)
         return Entries.of(gradient, self._rule.needed(view, gradient.reshape(-1)))
 
     def _wants_dense_gradient(self) -> bool:
@@ -283,15 +295,12 @@ class MaskScheduler:
                 MaskUpdate(step=self.step_count, drop_fraction=fraction, layers=tuple(moved), milliseconds=spent)
             )
 
-    def _view(self, one: Attachment, gradient: Tensor | Entries | None = None, scale: float | None = None) -> LayerView:
-        """``gradient`` is the dense one, of this process, or what is needed of that of all; the layer's own is divided by ``scale``, the
-        gradient scaler's by custom."""
+    def _view(self, one: Attachment, gradient: Tensor | Entries | None = None) -> LayerView:
+        """``gradient`` is the dense one, of this process and scaled, or what is needed of that of all; the layer's own is as it stands."""
         layer = one.layer
-        own = layer.values.grad
-        scale = _scale_of(self._optimizer) if scale is None else scale
         return LayerView(
             name=one.name, shape=layer.weight_shape, structure=layer.structure, index=layer.index,
-            slot_values=layer.values.detach(), slot_gradient=own if own is None or scale == 1 else own / scale,
+            slot_values=layer.values.detach(), slot_gradient=layer.values.grad,
             fetch=None if gradient is None else functools.partial(self._dense, gradient),
             growable=gradient.places if isinstance(gradient, Entries) else None,
             memory=self._memory[one.name], step=self.step_count,
@@ -299,8 +308,15 @@ class MaskScheduler:
         )  # fmt: skip
 
     def _dense(self, gradient: Tensor | Entries) -> Tensor:
-        """The mean over all ranks, of which entries are taken already."""
-        return gradient.dense() if isinstance(gradient, Entries) else gradients.averaged(gradient, self._group)
+        """The mean over all ranks, divided by the loss scale if the method cares; entries are taken of such a mean already."""
+        if isinstance(gradient, Entries):
+            return gradient.dense()
+        gradient = gradients.averaged(gradient, self._group)
+        return (
+            gradients.unscaled(gradient, self._scale.of_dense_gradients())
+            if self._rule.uses_gradient_size
+            else gradient
+        )
 
     def _require_same_masks(self) -> None:
         # What a method remembers follows from masks and means that all share, if all began with the same.
@@ -366,7 +382,7 @@ class MaskScheduler:
     def _record(self, record: MaskUpdate) -> None:
         self.updates = [*self.updates, record] if self._rule.keeps_history else [record]
         log.debug("Mask update at step %d: %d weights moved, %.1f ms", record.step, record.dropped, record.milliseconds)
-        self._recording.record(record, _plain(self.method))
+        self._recording.record(record, methods.plain(self.method))
         for listener in list(self._listeners):
             listener(record)
 
@@ -388,7 +404,7 @@ class MaskScheduler:
         """
         return {
             "format": _FORMAT,
-            "method": _plain(self.method),
+            "method": methods.plain(self.method),
             "step_count": self.step_count,
             "skipped": dict(self.skipped),
             "layers": {
@@ -447,12 +463,12 @@ class MaskScheduler:
                 f"The mask scheduler's state has format {state['format']!r}; this version reads {_FORMAT}. "
                 "Resume with the version of sift_compiler that wrote it."
             )
-        mine = _plain(self.method)
+        mine = methods.plain(self.method)
         theirs = dict(state["method"])
         # How gradients are held changes no mask.
         if {**mine, "accumulates": None} != {**theirs, "accumulates": None}:
             raise UserError(
-                f"The saved masks were moved by {_shown(theirs)}, this scheduler is {_shown(mine)}. To resume, call "
+                f"The saved masks were moved by {methods.shown(theirs)}, this scheduler is {methods.shown(mine)}. To resume, call "
                 "sift.schedule with the saved method and options; to start another schedule, do not load its state."
             )
         layers = {one.name: (one.layer.index.numel(), list(one.layer.weight_shape)) for one in self._layers}
@@ -465,18 +481,6 @@ class MaskScheduler:
             )
 
 
-def _skipped_by_scaler(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler made a fused optimizer leave out this step; others are not called at all then."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.any())
-
-
-def _scale_of(optimizer: Optimizer) -> float:
-    """By what a gradient scaler multiplied the gradients a fused optimizer sees; others see them divided by it."""
-    scale = getattr(optimizer, "grad_scale", None)
-    return float(scale) if isinstance(scale, Tensor) else 1.0
-
-
 def _transition(rule: Rule, view: LayerView, choice: Choice) -> Transition:
     if rule.storage == "compact":
         return transition.plan(view.index, choice.kept, choice.grown)
@@ -484,14 +488,3 @@ def _transition(rule: Rule, view: LayerView, choice: Choice) -> Transition:
     mask[view.positions[choice.kept]] = True
     mask[choice.grown] = True
     return transition.switch(view.index, mask)
-
-
-def _plain(method: MaskMethod) -> dict[str, Any]:
-    """Name and options as they come back from a file: tuples as lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
-    return {"name": method.name, **plain}
-
-
-def _shown(method: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{name}={value!r}" for name, value in method.items() if name != "name")
-    return f"{method.get('name')}({options})"

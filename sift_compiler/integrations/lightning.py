@@ -86,7 +86,8 @@ class SiftCallback(Callback):  # type: ignore[misc]
             saved = self.masks.state_dict()
         self._end()
         optimizer = _optimizer(trainer.optimizers, pl_module)
-        masks = schedule(pl_module, optimizer, self.method, recorder=self.recorder)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        masks = schedule(pl_module, optimizer, self.method, recorder=self.recorder, scaler=scaler)
         try:
             if saved is not None:
                 masks.load_state_dict(saved)

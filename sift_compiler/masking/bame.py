@@ -38,6 +38,7 @@ class BAME(DynamicMethod):
     freeze_after: int = 3
     """Oscillations from which on a block is frozen, at least 1."""
     needs_dense_gradient: ClassVar[bool] = True
+    uses_gradient_size: ClassVar[bool] = False
     structures: ClassVar[Kinds] = (NM,)
 
     def __post_init__(self) -> None:

@@ -52,6 +52,14 @@ def averaged(gradient: Tensor, group: Group = None) -> Tensor:
     return total / dist.get_world_size(group)
 
 
+def unscaled(gradient: Tensor, scale: float) -> Tensor:
+    """``gradient`` / ``scale``: what it would be had the loss not been multiplied by ``scale``. Never less than single precision, in which
+    what half precision cannot hold is not lost."""
+    if scale == 1:
+        return gradient
+    return (gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient) / scale
+
+
 def agreed_passes(ranges: Sequence[tuple[int, int]], device: torch.device, group: Group = None) -> list[int]:
     """How many backward passes complete each layer's gradient, if that is beyond doubt; 0 where it is not.
 

@@ -69,6 +69,7 @@ class GraNet(DynamicMethod):
     drop_fraction: float = 0.5
     """Share of a layer's weights that is regenerated (dropped and grown) at the first update, in [0, 1]."""
     needs_dense_gradient: ClassVar[bool] = True
+    uses_gradient_size: ClassVar[bool] = False
     structures: ClassVar[Kinds] = (Unstructured, NM, TransposableNM)
 
     def __post_init__(self) -> None:

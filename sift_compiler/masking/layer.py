@@ -28,7 +28,8 @@ class LayerView:
         index: int32 [slots]; see :mod:`sift_compiler.ir.pattern`.
         slot_values: [slots].
         slot_gradient: [slots] or None, the gradient of ``slot_values`` as the optimizer saw it, unscaled.
-        fetch: returns the dense gradient [numel], the mean over all ranks; None if the method asks for none.
+        fetch: returns the dense gradient [numel], the mean over all ranks, unscaled if the method says ``uses_gradient_size``; None if it asks
+            for none.
         growable: int32 [n] or None; entries besides which ``fetch`` returns zeros, because no choice can depend on them.
         memory: what the method keeps of this layer.
         step: optimizer steps before this one.

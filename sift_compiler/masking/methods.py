@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +28,7 @@ class GradientGrowth(Rule):
     """RigL (Evci et al. 2020, Alg. 1): connections come where the dense gradient is largest."""
 
     needs_dense_gradient = True
+    uses_gradient_size = False
 
     def grow_scores(self, layer: LayerView, candidates: Tensor) -> Tensor:
         """|g| at each candidate; g is the mean over all ranks."""
@@ -64,3 +68,15 @@ def rule_of(method: MaskMethod) -> Rule | None:
         f"The mask method {method!r} has no rule. Known: {', '.join(METHODS)}. A method of your own derives from "
         "sift.DynamicMethod; see examples/write_a_method.py."
     )
+
+
+def plain(method: MaskMethod) -> dict[str, Any]:
+    """Name and options as they come back from a file: tuples as lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
+    return {"name": method.name, **plain}
+
+
+def shown(method: Mapping[str, Any]) -> str:
+    """What :func:`plain` made, as one would write it."""
+    options = ", ".join(f"{name}={value!r}" for name, value in method.items() if name != "name")
+    return f"{method.get('name')}({options})"

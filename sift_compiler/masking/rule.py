@@ -58,6 +58,9 @@ class Rule:
     """Whether scores read the gradient of the active weights."""
     needs_dense_gradient: ClassVar[bool] = False
     """Whether they read the gradient of every entry of the dense weight, on update steps."""
+    uses_gradient_size: ClassVar[bool] = True
+    """Whether masks depend on the size of the dense gradient, beyond the order of its magnitudes in a step. If so it is divided by the scale
+    of the loss; if not, one of a scaled loss will do."""
     changes_steps: ClassVar[bool] = False
     """Whether :meth:`before_step` and :meth:`after_step` have something to do on every optimizer step."""
     keeps_history: ClassVar[bool] = True

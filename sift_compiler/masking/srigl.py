@@ -28,6 +28,7 @@ class SRigL(DynamicMethod):
     ablation: float = 0.3
     """Share of its fan-in that must be salient or an output is ablated, in [0, 1]; 0 ablates none."""
     needs_dense_gradient: ClassVar[bool] = True
+    uses_gradient_size: ClassVar[bool] = False
     structures: ClassVar[Kinds] = (ConstantFanIn,)
 
     def __post_init__(self) -> None:

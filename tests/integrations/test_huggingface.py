@@ -45,8 +45,8 @@ def data(dtype=torch.float32, size=40):
 
 
 def trained(
-    folder, *, model=None, callback=None, method=None, resume=None, dtype=torch.float32, evaluate=False, **options
-):
+    folder, *, model=None, callback=None, method=None, resume=None, dtype=torch.float32, evaluate=False, scaler=None, **options
+):  # fmt: skip
     model = Classifier(dtype=dtype) if model is None else model
     method = method or sift.RigL(delta_t=2, end_step=20, drop_fraction=0.4, decay="constant")
     callback = callback or SiftCallback(method)
@@ -58,6 +58,8 @@ def trained(
     trainer = transformers.Trainer(
         model=model, args=arguments, train_dataset=data(dtype), eval_dataset=data(dtype, 8), callbacks=[callback]
     )
+    # What Accelerate makes for fp16=True, on devices that have it.
+    trainer.accelerator.scaler = scaler
     trainer.train(resume_from_checkpoint=resume)
     return trainer, callback
 
@@ -168,3 +170,16 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "sift_compiler.integrations.huggingface")
     with pytest.raises(UserError, match="pip install transformers accelerate"):
         importlib.import_module("sift_compiler.integrations.huggingface")
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_the_scale_of_the_loss_changes_nothing(tmp_path, optim):
+    method = sift.SNFS(delta_t=2, end_step=20, drop_fraction=0.4, decay="constant")
+    runs = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=2)):
+        options = {"optim": optim, "max_grad_norm": 0.0, "dtype": torch.float64, "gradient_accumulation_steps": 2}
+        runs.append(trained(tmp_path, method=method, scaler=scaler, **options))
+        assert len(runs[-1][1].masks.updates) == 5
+    assert scaler.get_scale() == 2.0**9
+    same_state(runs[0][0], runs[1][0])
+    assert timeless(runs[0][1].masks) == timeless(runs[1][1].masks)

@@ -1,5 +1,6 @@
 """SiftCallback under a real Trainer of Lightning."""
 
+import contextlib
 import importlib
 import sys
 import warnings
@@ -15,12 +16,13 @@ from sift_compiler.nn import SparseLayer
 
 pytest.importorskip("lightning.pytorch")
 import lightning.pytorch as pl
+from lightning.pytorch.plugins import MixedPrecision
 
 from sift_compiler.integrations.lightning import SiftCallback
 
 
 class Module(pl.LightningModule):
-    def __init__(self, seed=0, sparse=True, manual=False, two=False):
+    def __init__(self, seed=0, sparse=True, manual=False, two=False, fused=False):
         super().__init__()
         torch.manual_seed(seed)
         self.net = nn.Sequential(
@@ -29,7 +31,7 @@ class Module(pl.LightningModule):
         self.other = nn.Linear(2, 2)
         if sparse:
             self.net = sift.rewrite(self.net, torch.randn(2, 6), sift.SparseWide(sparsity=0.5))
-        self.automatic_optimization, self.two = not manual, two
+        self.automatic_optimization, self.two, self.fused = not manual, two, fused
 
     def loss(self, batch):
         x, y = batch
@@ -50,7 +52,7 @@ class Module(pl.LightningModule):
         return self.loss(batch)
 
     def configure_optimizers(self):
-        mine = torch.optim.AdamW(self.net.parameters(), lr=1e-2)
+        mine = torch.optim.AdamW(self.net.parameters(), lr=1e-2, fused=self.fused)
         if self.two:
             return [torch.optim.SGD(self.other.parameters(), lr=0.1), mine]
         return {
@@ -214,3 +216,41 @@ def test_without_lightning_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "sift_compiler.integrations.lightning")
     with pytest.raises(UserError, match="pip install lightning"):
         importlib.import_module("sift_compiler.integrations.lightning")
+
+
+class Scaled(MixedPrecision):
+    """Mixed precision with a scaler, but double precision where half would be: all numbers are those of a run without."""
+
+    def __init__(self):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=2)
+        super().__init__("16-mixed", "cpu", scaler)
+
+    def forward_context(self):
+        return contextlib.nullcontext()
+
+
+REPLACES = sift.RigL(delta_t=2, end_step=40, skip_step="replace")
+
+
+@pytest.mark.parametrize(
+    ("method", "fused"),
+    [(METHOD, False), (REPLACES, False)]
+    + [(each, fused) for each in (sift.SNFS(delta_t=2, end_step=40), sift.TopKAST(delta_t=2, penalty=0.1)) for fused in (False, True)],
+)  # fmt: skip
+def test_the_scale_of_the_loss_changes_nothing(tmp_path, method, fused):
+    runs = []
+    for plugins in ([], [Scaled()]):
+        module = Module(fused=fused).double()
+        if isinstance(method, sift.TopKAST):
+            sift.dense_storage(module)
+        fitted(tmp_path, module, callback := SiftCallback(method), epochs=1, data=batches(dtype=torch.float64), plugins=plugins)  # fmt: skip
+        runs.append((module, callback.masks))
+    assert plugins[0].scaler.get_scale() == 2.0**8
+    same_state(runs[0][0], runs[1][0])
+    assert timeless(runs[0][1]) == timeless(runs[1][1])
+    assert runs[0][1].step_count == 8
+
+
+def test_a_step_left_out_for_an_update_must_have_been_checked_by_the_scaler(tmp_path):
+    with pytest.raises(sift.UnsupportedError, match="fused=False"):
+        fitted(tmp_path, Module(fused=True).double(), SiftCallback(REPLACES), data=batches(dtype=torch.float64), plugins=[Scaled()])  # fmt: skip
