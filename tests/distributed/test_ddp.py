@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import pytest
 import torch
@@ -131,13 +132,13 @@ def accumulate(name, rank=0, world=1, parts=2, **wrapping):
     return masks_of(model)
 
 
-def overflow(fused, rank=0, world=1, overflows=True):
+def overflow(name, fused, rank=0, world=1, overflows=True):
     """Masks after steps of which one overflows in the first backward pass of the last rank; what the scheduler counted."""
     model = network()
     parallel = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD(parallel.parameters(), lr=0.3, momentum=0.9, fused=fused)
-    masks = sift.schedule(parallel, optimizer, METHODS["RigL"])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    masks = sift.schedule(parallel, optimizer, METHODS[name], scaler=scaler)
     scales = []
     for step in (0, 1, "overflow", 2, 3) if overflows else (0, 1, 2, 3):
         optimizer.zero_grad()
@@ -156,11 +157,14 @@ def overflow(fused, rank=0, world=1, overflows=True):
 WRAPPINGS = {"views": {"gradient_as_bucket_view": True}, "small": {"bucket_cap_mb": 1e-4}, "static": {"static_graph": True}}  # fmt: skip
 
 
+OVERFLOWS = list(itertools.product(["RigL", "SNFS"], [False, True]))
+
+
 def gradients(rank):
     found = {("accumulated", name): accumulate(name, rank, 2) for name in METHODS}
     for how, wrapping in WRAPPINGS.items():
         found["wrapped", how] = accumulate("RigL", rank, 2, parts=1 if how == "static" else 2, **wrapping)
-    return found | {("overflow", fused): overflow(fused, rank, 2) for fused in (False, True)}
+    return found | {("overflow", *case): overflow(*case, rank, 2) for case in OVERFLOWS}
 
 
 # --- masks that came apart ------------------------------------------------------------------------------------------
@@ -312,15 +316,15 @@ def test_buckets_and_views_of_them_do_not_matter(ranks, how):
         assert same(ranks[rank]["gradients"]["wrapped", how], accumulated_alone("RigL"))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_overflows_on_one_rank_is_left_out_on_all(ranks, fused):
-    masks, *counted = overflow(fused, overflows=False)
+@pytest.mark.parametrize(("name", "fused"), OVERFLOWS)
+def test_a_step_that_overflows_on_one_rank_is_left_out_on_all(ranks, name, fused):
+    masks, *counted = overflow(name, fused, overflows=False)
     assert counted == [4, 4, 2.0**10]
     for rank in (0, 1):
-        theirs, *counted = ranks[rank]["gradients"]["overflow", fused]
+        theirs, *counted = ranks[rank]["gradients"]["overflow", name, fused]
         assert counted == [4, 4, 2.0**9]
         assert same(theirs, masks)
-    assert same(overflow(fused)[0], masks)
+    assert same(overflow(name, fused)[0], masks)
 
 
 def test_masks_that_differ_are_told_on_every_rank(ranks):
