@@ -1,4 +1,8 @@
-"""Two processes under DistributedDataParallel: what is sent, accumulated and skipped gradients, masks that came apart, compiled kernels."""
+"""Two processes under DistributedDataParallel: what is sent, accumulated and skipped gradients, masks that came apart, compiled kernels.
+
+Weights that are spread over processes, too: masks that rest train and compile, masks that move are refused. What processes cost is their
+start, so two do all of it.
+"""
 
 import contextlib
 import functools
@@ -12,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sift_compiler as sift
+from tests.distributed import sharded
 
 BATCH = 16
 METHODS = {
@@ -245,7 +250,8 @@ PARTS = {"sent": sent, "gradients": gradients, "apart": apart, "compiled": compi
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save({name: part(rank) for name, part in PARTS.items()}, f"{folder}/{rank}.pt")
+    found = {name: part(rank) for name, part in PARTS.items()} | {"sharded": sharded.sharded(rank, folder)}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -253,7 +259,10 @@ def work(rank, folder):
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    for rank, each in enumerate(found):
+        each["sharded"]["saved"] = sift.load(folder / f"{rank}.pt2")
+    return found
 
 
 def same(one, other):
@@ -349,3 +358,40 @@ def test_compiled_kernels_follow_masks_that_move_on_two_ranks(ranks):
         assert losses == pytest.approx(eager, abs=1e-5)
     _, masks, _, _ = train_compiled(False)
     assert same(masks, ranks[0]["compiled"]["compiled"][1])
+
+
+# --- weights that are spread over processes -------------------------------------------------------------------------
+
+
+def test_masks_of_sharded_weights_do_not_move(ranks):
+    for found in (each["sharded"] for each in ranks):
+        for number, message in enumerate(found["refused"]):
+            assert message.startswith("Moving masks is not possible: fully_shard or tensor parallelism (DTensor)")
+            assert f"sparse layer {'2' if number else '0'!r}" in message
+            assert "DistributedDataParallel" in message
+        for message in found["refused flat"]:
+            assert "FullyShardedDataParallel spreads the values" in message
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_sharded_weights_train_while_masks_rest(ranks, how):
+    alone = sharded.network()
+    sharded.train(alone)
+    losses = []
+    for found in (each["sharded"] for each in ranks):
+        mine, weights, _ = found[how]
+        losses.append(mine)
+        for name, each in sharded.whole(alone).items():
+            torch.testing.assert_close(weights[name], each, rtol=0, atol=2e-5)
+    assert ranks[0]["sharded"]["compiled"][2] == 2
+    assert sum(each["sharded"]["eager"][2] for each in ranks) == sum(each.numel() for each in alone.parameters())
+    expected = sharded.train(sharded.network())
+    assert [sum(pair) / 2 for pair in zip(*losses, strict=True)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_sharded_weights_are_saved_when_they_are_together(ranks):
+    for found in (each["sharded"] for each in ranks):
+        assert found["saving"].startswith("Saving is not possible: fully_shard or tensor parallelism (DTensor) spreads")
+        assert "full_state_dict=True" in found["saving"]
+        for name, each in found["saved"].named_parameters():
+            assert torch.equal(each, found["eager"][1][name])
