@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from sift_compiler.lowering.dense_layers import call_kernel, dense_layers
+from sift_compiler.lowering.first_layers import take_first_layers
 from sift_compiler.lowering.fuse import Chain, find_chain, fuse, needs_gradients
 from sift_compiler.lowering.image_vectors import keep_image_vectors
 from sift_compiler.lowering.partition import SparseNode, assign_handle, partition
@@ -24,6 +25,7 @@ from sift_compiler.nn import live, pruned
 from sift_compiler.options import CompileOptions, from_mapping
 from sift_compiler.runtimes import registry
 from sift_compiler.runtimes.base import LiveKernel, Runtime
+from sift_compiler.runtimes.every_weight import EveryWeight
 from sift_compiler.runtimes.pruned import PrunedKernel, PrunedReport, refuse, sparsity_of
 
 log = logging.getLogger(__name__)
@@ -79,10 +81,13 @@ def sift(
     runtime = registry.get(chosen.runtime)
     compilation = Compilation(chosen)
     threads = chosen.threads or torch.get_num_threads()
+    inference = not needs_gradients(graph_module.graph, example_inputs)
+    first: frozenset[fx.Node] = frozenset()
+    if inference and runtime.image_lanes:
+        first = take_first_layers(graph_module.graph, runtime.image_lanes)
     nodes = partition(graph_module.graph, runtime.refuse)
     taken = [node for node in nodes if node.refusal is None]
-    inference = not needs_gradients(graph_module.graph, example_inputs)
-    calls = _take(taken, compilation, runtime, threads, inference)
+    calls = _take(taken, compilation, runtime, threads, inference, first)
     if inference and runtime.image_lanes:
         compilation.side_by_side = len(keep_image_vectors(graph_module.graph, calls, runtime.image_lanes))
     if chosen.prune_threshold is not None and not torch.is_grad_enabled():
@@ -106,13 +111,19 @@ def _owning(run: Compiled, compilation: Compilation) -> Compiled:
 
 
 def _take(
-    nodes: Sequence[SparseNode], compilation: Compilation, runtime: Runtime, threads: int, inference: bool
+    nodes: Sequence[SparseNode], compilation: Compilation, runtime: Runtime, threads: int, inference: bool,
+    first: frozenset[fx.Node],
 ) -> list[fx.Node]:  # fmt: skip
-    """Hand sparse layers to kernels; for inference with what follows them. Returns the fused calls of convolutions."""
-    kernels, handles, fused, calls = [], [], [], []
+    """Hand sparse layers to kernels; for inference with what follows them. Returns the fused calls of convolutions.
+
+    The graph holds no index of the dense layers ``first``.
+    """
+    kernels: list[LiveKernel] = []
+    handles, fused, calls = [], [], []
     for node in nodes:
         chain = find_chain(node) if inference else Chain()
-        kernels.append(runtime.build(node.spec, node.name, threads, chain.epilogue, compilation.options.tune))
+        kernel: LiveKernel = runtime.build(node.spec, node.name, threads, chain.epilogue, compilation.options.tune)
+        kernels.append(EveryWeight(kernel) if node.node in first else kernel)
         handles.append(live.register(kernels[-1]))
         convolution = inference and node.spec.kind == "conv2d"
         if chain.steps or convolution:

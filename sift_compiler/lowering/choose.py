@@ -58,6 +58,12 @@ def _cost(spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int)
     return waste * (1 + 0.9 / vectors) * (1 + 5 / kept) * fewer_shared * more_loops
 
 
+def _copying(spec: LayerSpec, window: int, vectors: int) -> float:
+    """Time with the copying of windows, of which a vector takes as long as twenty multiply-adds, over that without."""
+    entries = spec.out_channels * spec.kernel_size[0] * spec.kernel_size[1] / spec.groups
+    return 1 + 20 * window / (max(1 - _sparsity(spec), 1e-6) * entries * vectors)
+
+
 def _halo(spec: LayerSpec) -> tuple[int, int, int]:
     """Extra rows and columns of a window, and how many phases the taps read."""
     reach = [(spec.kernel_size[a] - 1) * spec.dilation[a] for a in (0, 1)]
@@ -77,7 +83,7 @@ def _image_tile(spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts) -> tupl
         window = (height + halo_y) * (width + halo_x) * phases
         channels = _block(spec, vectors, window * cpu.lanes * 4, cpu)
         made = Tile(lanes="batch", vector=cpu.lanes, rows=rows, height=height, width=width, channels=channels)
-        return _cost(spec, rows, waste, vectors, channels) * (1 + 0.05 * window / vectors), made
+        return _cost(spec, rows, waste, vectors, channels) * _copying(spec, window, vectors), made
 
     candidates = [
         tile(rows, height, width)

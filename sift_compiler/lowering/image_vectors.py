@@ -4,20 +4,21 @@
 
 A kernel with lanes over images otherwise transposes its input and its output back, and both pass through memory once more. A
 convolution takes part if the batch fills whole vectors and a neighbour does too: what it reads or adds comes from one, or one reads it.
-Whatever else reads its output gets it in the usual order.
+Max pooling of what such a convolution returns counts as one. Whatever else reads its output gets it in the usual order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
 
 from sift_compiler.lowering.fuse import mutates
 from sift_compiler.lowering.partition import fake
-from sift_compiler.nn.image_vectors import from_image_vectors, to_image_vectors
+from sift_compiler.nn.image_vectors import from_image_vectors, max_pool_image_vectors, to_image_vectors
 
 _MOST = 2**31 - 1
 _X, _RESIDUAL = 0, 9
@@ -35,31 +36,53 @@ def keep_image_vectors(graph: fx.Graph, calls: Iterable[fx.Node], lanes: int) ->
     Returns:
         The calls that took part, in the new layout.
     """
-    able = {node for node in calls if _fits(node, lanes)}
+    able = {node for node in calls if fake(node.args[1]).numel() and _fits(node, lanes)}  # type: ignore[arg-type]
+    for node in graph.nodes:
+        if pooling(node) is not None and node.args[0] in able and _fits(node, lanes):
+            able.add(node)
     chosen = {node for node in able if able & {*_sources(node), *node.users}}
     side_by_side: dict[fx.Node, fx.Node] = {}
-    made = []
     for node in [node for node in graph.nodes if node in chosen]:
         with graph.inserting_before(node):
             for source in _sources(node):
                 if source not in side_by_side:
                     side_by_side[source] = _converted(graph, source, lanes)
-            arguments = list(node.args)
-            for place in (_X, _RESIDUAL):
-                arguments[place] = side_by_side.get(node.args[place])
-            call = graph.call_function(node.target, tuple(arguments))
-            call.meta = {**node.meta, "example_value": _with_lanes(fake(node), lanes)}
+            call = _moved(graph, node, side_by_side)
+        call.meta = {**node.meta, "example_value": _with_lanes(fake(node), lanes)}
         side_by_side[node] = call
-        made.append(call)
     for node in chosen:
         _give_back(graph, node, side_by_side[node], chosen)
     for node in reversed([node for node in graph.nodes if node in chosen]):
         graph.erase_node(node)
-    return tuple(made)
+    return tuple(side_by_side[node] for node in chosen if pooling(node) is None)
+
+
+def pooling(node: fx.Node) -> tuple[list[int], list[int], list[int]] | None:
+    """Kernel, stride and padding of a max pooling, None for anything else."""
+    if node.target is not torch.ops.aten.max_pool2d.default or node.kwargs:
+        return None
+    given: tuple[Any, ...] = (*node.args[1:], *(None,) * 5)
+    kernel, stride, padding, dilation, ceil, *_ = given
+    pairs = [[value] * 2 if isinstance(value, int) else list(value or ()) for value in (kernel, stride, padding)]
+    plain = (dilation is None or set(dilation) == {1}) and not ceil
+    return (pairs[0], pairs[1] or pairs[0], pairs[2] or [0, 0]) if plain else None
+
+
+def _moved(graph: fx.Graph, node: fx.Node, side_by_side: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The same call on what lies side by side."""
+    pool = pooling(node)
+    if pool is not None:
+        return graph.call_function(max_pool_image_vectors, (side_by_side[node.args[0]], *pool))  # type: ignore[index]
+    arguments = list(node.args)
+    for place in (_X, _RESIDUAL):
+        arguments[place] = side_by_side.get(node.args[place])  # type: ignore[arg-type]
+    return graph.call_function(node.target, tuple(arguments))  # type: ignore[arg-type]
 
 
 def _sources(node: fx.Node) -> tuple[fx.Node, ...]:
     """What a call reads in the layout of images: its input and its residual."""
+    if pooling(node) is not None:
+        return (node.args[0],)  # type: ignore[return-value]
     return tuple(source for source in (node.args[_X], node.args[_RESIDUAL]) if isinstance(source, fx.Node))
 
 
@@ -71,7 +94,7 @@ def _fits(node: fx.Node, lanes: int) -> bool:
     images = shapes[0][0]
     small = all(0 < math.prod(shape) <= _MOST for shape in shapes)
     still = not any(mutates(user) for tensor in (node, *_sources(node)) for user in tensor.users)
-    return images > 0 and images % lanes == 0 and small and still and fake(node.args[1]).numel() > 0  # type: ignore[arg-type]
+    return images > 0 and images % lanes == 0 and small and still
 
 
 def _converted(graph: fx.Graph, source: fx.Node, lanes: int) -> fx.Node:

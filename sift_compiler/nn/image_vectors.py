@@ -5,8 +5,12 @@ A vector holds the same position of ``lanes`` images. What works on channels and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,3 +29,21 @@ def by_image(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if x.dim() != 5:
         return layer(x)
     return to_image_vectors(layer(from_image_vectors(x)), x.shape[4])
+
+
+def max_pool_image_vectors(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Max pooling of [N / lanes, C, H, W, lanes] as ``F.max_pool2d`` does it image by image: [N / lanes, C, H', W', lanes].
+
+    Args:
+        kernel, stride, padding: two numbers each, down and across.
+    """
+    down, across = (
+        (size + 2 * p - k) // s + 1 for size, k, s, p in zip(x.shape[2:4], kernel, stride, padding, strict=True)
+    )
+    padded = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]), value=-math.inf)
+    shifts = [(i, j) for i in range(kernel[0]) for j in range(kernel[1])]
+    pieces = (
+        padded[:, :, i : i + stride[0] * (down - 1) + 1 : stride[0], j : j + stride[1] * (across - 1) + 1 : stride[1]]
+        for i, j in shifts
+    )
+    return functools.reduce(torch.maximum, pieces).contiguous()
