@@ -1,4 +1,4 @@
-"""The ``sift`` command: rewrite, inspect, export, bench, demo and doctor."""
+"""The ``sift`` command: rewrite, inspect, compile, export, bench, demo and doctor."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from sift_compiler.options import (
     INITIALISATIONS,
     SIGMAS,
     TRANSFORMATIONS,
+    TUNING,
     Attention,
     Depthwise,
     Groups,
@@ -196,6 +197,31 @@ def inspect(
             [_time_row(each) for each in timed],
         )
     _tell_report(report)
+
+
+@app.command("compile")
+def compile_(
+    model: _Model,
+    input_: _Input = None,
+    tune: Annotated[str, typer.Option(help="quick: time a handful of tiles per layer and keep the fastest; full: up to two dozen; off: take what is kept, else the rules'.")] = "quick",
+    threads: Annotated[int | None, typer.Option(help="Threads of the kernels, which measured tiles hold for; torch's own choice without it.")] = None,
+    as_json: _Json = False,
+) -> None:  # fmt: skip
+    """Compile MODEL for inference on these inputs and keep its code and tiles on this machine: whoever runs it next waits less."""
+    if tune not in TUNING:
+        raise unknown_name("--tune", tune, TUNING)
+    with _busy("Compiling"):
+        from sift_compiler.commands.compiling import compile_model
+        from sift_compiler.commands.model_source import find_model
+
+        found = find_model(model)
+        inputs = _inputs(found, input_)
+        made = compile_model(_sparse_module(found), inputs, tune=tune, threads=_threads(threads))
+    if as_json:
+        typer.echo(json.dumps(made.to_plain(), indent=2))
+        return
+    _show_table(("layer", "input", "tile", "µs", "why"), [each.row() for each in made.layers])
+    typer.echo(f"\nThreads {made.threads}. Kernels and tiles are in {made.folder}")
 
 
 @app.command()
@@ -390,17 +416,28 @@ def _inputs(model: object, given: Sequence[str] | None) -> tuple[Any, ...]:
 
 
 def _timed(found: Any, inputs: tuple[Any, ...], threads: int | None) -> tuple[LayerTime, ...]:
-    import torch
-
     from sift_compiler.commands.timing import time_layers
 
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads {threads}: there must be at least 1.")
+    workers = _threads(threads)
+    return time_layers(_sparse_module(found), inputs, workers)
+
+
+def _threads(given: int | None) -> int:
+    import torch
+
+    if given is not None and given < 1:
+        raise UserError(f"--threads {given}: there must be at least 1.")
+    return given or torch.get_num_threads()
+
+
+def _sparse_module(found: Any) -> Any:
+    import torch
+
     if not isinstance(found, torch.nn.Module):
         raise UserError(
-            "--times measures sparse layers; an exported dense program has none. Make it sparse: sift rewrite MODEL."
+            "Only sparse layers run on compiled code; an exported dense program has none. Make it sparse: sift rewrite MODEL."
         )
-    return time_layers(found, inputs, threads or torch.get_num_threads())
+    return found
 
 
 def _time_row(layer: LayerTime) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ _WORTH = 0.98
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """A candidate and its time for the whole part of the batch."""
+    """A candidate and its time per image or token."""
 
     tile: Tile
     microseconds: float
@@ -63,14 +63,17 @@ class Tuned:
     tile: Tile
     timings: tuple[Timing, ...]
 
-    @property
-    def reason(self) -> str:
-        """Why this tile, in words."""
-        times = {timing.tile: timing.microseconds for timing in self.timings}
+    def microseconds(self, count: int) -> float:
+        """What the chosen tile takes for ``count`` images or tokens."""
+        return count * next(timing.microseconds for timing in self.timings if timing.tile == self.tile)
+
+    def reason(self, count: int) -> str:
+        """Why this tile, in words, with times for ``count`` images or tokens."""
+        times = {timing.tile: count * timing.microseconds for timing in self.timings}
         rules = self.timings[0]
         if self.tile == rules.tile:
-            return f"measured {rules.microseconds:.0f} µs: none of {len(times) - 1} others is {1 - _WORTH:.0%} faster than the rules' tile"
-        return f"measured {times[self.tile]:.0f} µs, fastest of {len(times)}; the rules' tile ({rules.tile}) took {rules.microseconds:.0f} µs"
+            return f"measured {times[rules.tile]:.0f} µs: none of {len(times) - 1} others is {1 - _WORTH:.0%} faster than the rules' tile"
+        return f"measured {times[self.tile]:.0f} µs, fastest of {len(times)}; the rules' tile ({rules.tile}) took {times[rules.tile]:.0f} µs"
 
     def to_plain(self) -> dict[str, Any]:
         """As plain data."""
@@ -122,7 +125,11 @@ class Tuner:
             side_by_side: images lie side by side in vectors before and after the layer, see LanePart.
         """
         tuned = self.look_up(spec, choice, size, index, cpu, threads, side_by_side)
-        return choice if tuned is None else dataclasses.replace(choice, tile=tuned.tile, reason=tuned.reason)
+        if tuned is None:
+            return choice
+        return dataclasses.replace(
+            choice, tile=tuned.tile, reason=tuned.reason(choice.count), microseconds=tuned.microseconds(choice.count)
+        )
 
     def look_up(
         self, spec: LayerSpec, choice: Choice, size: tuple[int, int], index: npt.NDArray[np.int32], cpu: CpuFacts,
@@ -187,15 +194,14 @@ def measure(
         trials.append(trial)
         factors.append(factor)
     best = _race(trials, factors, _ROUNDS[level], one_thread=threads == 1)
-    scale = 1e6 * choice.count / count
-    timings = tuple(Timing(tile=tile, microseconds=scale * each) for tile, each in zip(tiles, best, strict=True))
+    timings = tuple(Timing(tile=tile, microseconds=1e6 * each / count) for tile, each in zip(tiles, best, strict=True))
     winner = min(timings, key=lambda timing: timing.microseconds)
     if winner.microseconds > _WORTH * timings[0].microseconds:
         winner = timings[0]
     tuned = Tuned(level=level, tile=winner.tile, timings=timings)
     _log.info(
         "measured %d tiles of %s in %.0f ms: %s", len(tiles), spec.weight_shape, 1e3 * (time.perf_counter() - begin),
-        tuned.reason,
+        tuned.reason(choice.count),
     )  # fmt: skip
     return tuned
 

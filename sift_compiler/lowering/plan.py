@@ -18,6 +18,8 @@ class Choice:
     count: int
     """Images (tokens) it computes; parts may overlap by computing some twice."""
     reason: str
+    microseconds: float | None = None
+    """What its kernel takes on inputs packed beforehand, if tiles were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,12 @@ class LayerPlan:
     runtime: str
     parts: tuple[Choice, ...]
     """Usually one; two where a batch is not a multiple of the vector."""
-    microseconds: float | None = None
-    """Measured time of a call, if it was measured."""
+
+    @property
+    def microseconds(self) -> float | None:
+        """What its parts take together, if all were measured; see :class:`Choice`."""
+        times = [part.microseconds for part in self.parts if part.microseconds is not None]
+        return sum(times) if times and len(times) == len(self.parts) else None
 
     @property
     def tile(self) -> Tile:
