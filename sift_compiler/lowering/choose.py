@@ -16,11 +16,6 @@ _UNALIGNED = 1.2
 """Lanes over positions read x across cache lines: measured time against lanes over images."""
 
 
-def _sparsity(spec: LayerSpec) -> float:
-    entries = spec.out_channels * spec.weight_shape[1] * spec.kernel_size[0] * spec.kernel_size[1]
-    return 1 - spec.nnz / entries if entries else 0.0
-
-
 def _rows(sparsity: float) -> tuple[int, ...]:
     """Rows worth a try. Three share loads best; but their partial sums leave room for fewer vectors, and above 80 % little is shared."""
     return (3, 2) if sparsity <= 0.8 else (2, 1)
@@ -38,7 +33,7 @@ def _block(spec: LayerSpec, vectors: int, bytes_per_channel: int, cpu: CpuFacts)
     40, the more the fewer vectors each serves), or going back to the partial sums costs more than reading some of x from the second
     level; up to twice the first level pays.
     """
-    kept_per_channel = max(1 - _sparsity(spec), 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] / spec.groups
+    kept_per_channel = max(1 - spec.sparsity, 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] / spec.groups
     comfortable = 0.87 * cpu.l1_bytes / bytes_per_channel
     most = min(
         max(comfortable, max(18, 42 - 2 * vectors) / kept_per_channel),
@@ -51,7 +46,7 @@ def _block(spec: LayerSpec, vectors: int, bytes_per_channel: int, cpu: CpuFacts)
 def _cost(spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int) -> float:
     """Relative time per useful multiply-add: ``waste`` vectors per useful one, a fixed cost per kept weight and tile that ``vectors`` share,
     and one per row and block that the kept weights of ``channels`` share (constants fitted to measurements)."""
-    density = 1 - _sparsity(spec)
+    density = 1 - spec.sparsity
     fewer_shared = 1 + 0.32 * max(0.0, density - 0.25) * (3 - rows)
     more_loops = 1.05 if density < 0.2 and rows > 1 else 1.0
     kept = max(density, 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] * channels / spec.groups
@@ -61,7 +56,7 @@ def _cost(spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int)
 def _copying(spec: LayerSpec, window: int, vectors: int) -> float:
     """Time with the copying of windows, of which a vector takes as long as twenty multiply-adds, over that without."""
     entries = spec.out_channels * spec.kernel_size[0] * spec.kernel_size[1] / spec.groups
-    return 1 + 20 * window / (max(1 - _sparsity(spec), 1e-6) * entries * vectors)
+    return 1 + 20 * window / (max(1 - spec.sparsity, 1e-6) * entries * vectors)
 
 
 def _halo(spec: LayerSpec) -> tuple[int, int, int]:
@@ -87,7 +82,7 @@ def _image_tile(spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts) -> tupl
 
     candidates = [
         tile(rows, height, width)
-        for rows in _rows(_sparsity(spec))
+        for rows in _rows(spec.sparsity)
         for height in range(1, min(output[0], _most_vectors(rows, cpu)) + 1)
         for width in range(1, min(output[1], _most_vectors(rows, cpu) // height) + 1)
     ]
@@ -111,14 +106,14 @@ def _space_tile(
         return _cost(spec, rows, waste, width, channels) * _UNALIGNED, made
 
     candidates = [
-        tile(rows, width) for rows in _rows(_sparsity(spec)) for width in range(1, _most_vectors(rows, cpu) + 1)
+        tile(rows, width) for rows in _rows(spec.sparsity) for width in range(1, _most_vectors(rows, cpu) + 1)
     ]
     cost, best = min(candidates, key=lambda candidate: candidate[0])
     return best, cost
 
 
 def _describe(spec: LayerSpec, tile: Tile) -> str:
-    return f"sparsity {_sparsity(spec):.2f}: {tile.rows} rows share each load"
+    return f"sparsity {spec.sparsity:.2f}: {tile.rows} rows share each load"
 
 
 def _choose_images(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts) -> tuple[Choice, ...]:
@@ -161,7 +156,7 @@ def _choose_tokens(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> tuple[Choice,
 
     candidates = [
         tile(rows, width)
-        for rows in _rows(_sparsity(spec))
+        for rows in _rows(spec.sparsity)
         for width in range(1, min(_most_vectors(rows, cpu), max(1, tokens // lanes)) + 1)
     ]
     cost, best = min(candidates, key=lambda candidate: candidate[0])

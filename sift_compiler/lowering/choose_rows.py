@@ -21,9 +21,8 @@ def choose_rows(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> Choice | None:
         return None
     if tokens == 1:
         tile = Tile(lanes="weights", vector=cpu.lanes, rows=1, width=1, channels=spec.in_channels)
-        return Choice(
-            tile=tile, first=0, count=1, reason="one token: lanes over the kept weights of a row, each read once"
-        )
+        reason = f"sparsity {spec.sparsity:.2f}: one token, lanes over the kept weights of a row, each read once"
+        return Choice(tile=tile, first=0, count=1, reason=reason)
     together = 1 << (tokens - 1).bit_length()
     vector = min(together, cpu.lanes)
     vectors = together // vector
@@ -31,5 +30,5 @@ def choose_rows(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> Choice | None:
     if vectors not in _ROWS or (vectors > 2 and tokens <= 3 * vector) or held > cpu.l2_bytes // 2:
         return None
     tile = Tile(lanes="tokens", vector=vector, rows=_ROWS[vectors], width=vectors, channels=spec.in_channels)
-    reason = f"{tokens} tokens: every kept weight read once, for {together} tokens side by side"
+    reason = f"sparsity {spec.sparsity:.2f}: {tokens} tokens, every kept weight read once, for {together} tokens side by side"
     return Choice(tile=tile, first=0, count=tokens, reason=reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,12 @@ class LayerSpec:
     def kernel_size(self) -> tuple[int, int]:
         """Height and width of the kernel; (1, 1) for a linear layer."""
         return (self.weight_shape[2], self.weight_shape[3]) if self.kind == "conv2d" else (1, 1)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that the mask removes, 0 … 1; 0 of a layer without weights."""
+        entries = math.prod(self.weight_shape)
+        return 1 - self.nnz / entries if entries else 0.0
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input of ``height`` × ``width``."""
