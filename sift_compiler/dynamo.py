@@ -40,6 +40,8 @@ class Compilation:
     options: CompileOptions
     kernels: tuple[LiveKernel, ...] = ()
     """One live kernel per sparse layer call that the runtime took."""
+    first: tuple[EveryWeight, ...] = ()
+    """Kernels of dense convolutions at the beginning of the network, see lowering.first_layers."""
     fused: tuple[tuple[str, str], ...] = ()
     """(layer, what follows it) of every layer call that also computes what follows it: "batch norm + add + relu"."""
     side_by_side: int = 0
@@ -119,12 +121,17 @@ def _take(
     The graph holds no index of the dense layers ``first``.
     """
     kernels: list[LiveKernel] = []
+    dense: list[EveryWeight] = []
     handles, fused, calls = [], [], []
     for node in nodes:
         chain = find_chain(node) if inference else Chain()
         kernel: LiveKernel = runtime.build(node.spec, node.name, threads, chain.epilogue, compilation.options.tune)
-        kernels.append(EveryWeight(kernel) if node.node in first else kernel)
-        handles.append(live.register(kernels[-1]))
+        if node.node in first:
+            kernel = EveryWeight(kernel)
+            dense.append(kernel)
+        else:
+            kernels.append(kernel)
+        handles.append(live.register(kernel))
         convolution = inference and node.spec.kind == "conv2d"
         if chain.steps or convolution:
             call = fuse(node, chain, handles[-1])
@@ -133,6 +140,7 @@ def _take(
         else:
             assign_handle(node, handles[-1])
     compilation.kernels, compilation.handles, compilation.fused = tuple(kernels), tuple(handles), tuple(fused)
+    compilation.first = tuple(dense)
     return calls
 
 
@@ -156,7 +164,7 @@ def _take_pruned(
 
 
 def _announce(runtime: str, nodes: Sequence[SparseNode], compilation: Compilation) -> None:
-    log.info("%d of %d sparse layers run on %s", len(compilation.kernels), len(nodes), runtime)
+    log.info("%d of %d sparse layers run on %s", len(compilation.kernels), len(nodes) - len(compilation.first), runtime)
     for reason in dict.fromkeys(reason for _, reason in compilation.refused):
         names = [name for name, why in compilation.refused if why == reason]
         log.warning(
