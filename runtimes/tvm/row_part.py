@@ -39,6 +39,7 @@ class _Mask:
 
     @classmethod
     def of(cls, program: RowProgram, lanes: int) -> _Mask:
+        """The same numbers as tensors, with a vector to spare."""
         # The last weights of a row are read as a whole vector, which may reach past the kept ones.
         columns = np.append(program.columns, np.zeros(lanes, program.columns.dtype))
         return cls(
