@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from sift_compiler.commands.peers import PEERS, started, write_onnx
 from sift_compiler.demo.machine import this_machine
 from sift_compiler.errors import UserError, unknown_name
-from sift_compiler.nn import SparseConv2d, SparseLinear
+from sift_compiler.nn import SparseLayer
+from sift_compiler.nn.exchange import dense_layer, exchange
 from sift_compiler.passes.strip_hooks import StripHooks
 
 ENGINES = ("inductor", *PEERS)
@@ -110,31 +111,13 @@ def bench(
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with the same weights in dense layers, zeros included."""
+    """A copy of ``model`` with the same weights in dense layers, zeros included.
+
+    Raises:
+        UnsupportedError: a kind of sparse layer for which no dense one is known.
+    """
     twin = copy.deepcopy(model)
-    for path, layer in list(twin.named_modules()):
-        dense = _dense_layer(layer)
-        if dense is not None:
-            twin.set_submodule(path, dense.eval())
-    return twin
-
-
-def _dense_layer(layer: nn.Module) -> nn.Module | None:
-    dense: nn.Conv2d | nn.Linear
-    if isinstance(layer, SparseConv2d):
-        dense = nn.Conv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-            layer.groups, layer.bias is not None,
-        )  # fmt: skip
-    elif isinstance(layer, SparseLinear):
-        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    else:
-        return None
-    with torch.no_grad():
-        dense.weight.copy_(layer.dense_weight())
-        if dense.bias is not None and layer.bias is not None:
-            dense.bias.copy_(layer.bias)
-    return dense
+    return exchange(twin, {layer: dense_layer(layer) for layer in twin.modules() if isinstance(layer, SparseLayer)})
 
 
 def _frozen(model: nn.Module) -> nn.Module:

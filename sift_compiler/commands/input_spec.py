@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch.export import ExportedProgram
 
 from sift_compiler.errors import UserError, unknown_name
 
@@ -59,6 +60,23 @@ def example_input(text: str) -> Tensor:
 def example_inputs(texts: Sequence[str]) -> tuple[Tensor, ...]:
     """One tensor for every text; see :func:`example_input`."""
     return tuple(example_input(text) for text in texts)
+
+
+def inputs_of(model: object, given: Sequence[str] | None) -> tuple[Any, ...]:
+    """The inputs ``given`` as texts, or else those that the model's file remembers.
+
+    Raises:
+        UserError: a text is not understood, or none is given and the model remembers none.
+    """
+    if given:
+        return example_inputs(given)
+    if isinstance(model, fx.GraphModule):
+        return remembered_inputs(model)
+    if isinstance(model, ExportedProgram) and model.example_inputs is not None and not model.example_inputs[1]:
+        return tuple(model.example_inputs[0])
+    raise UserError(
+        "The shapes of the model's inputs are not known. Give every one of them: --input 'f32[16,3,224,224]'."
+    )
 
 
 def remembered_inputs(module: fx.GraphModule) -> tuple[Any, ...]:

@@ -46,6 +46,19 @@ def find_saved(source: str) -> fx.GraphModule:
     return load(source)
 
 
+def sparse_module(found: nn.Module | ExportedProgram) -> nn.Module:
+    """``found``, if it may hold sparse layers.
+
+    Raises:
+        UserError: it is an exported program, which is dense.
+    """
+    if not isinstance(found, nn.Module):
+        raise UserError(
+            "Only sparse layers run on compiled code; an exported dense program has none. Make it sparse: sift rewrite MODEL."
+        )
+    return found
+
+
 def _is_own(path: Path) -> bool:
     """Whether ``sift.save`` wrote it; a file that is no archive counts too, so that ``load`` tells what is wrong with it."""
     try:

@@ -49,22 +49,37 @@ class TrainingState:
 
 
 def training_state(module: nn.Module, optimizer: Callable[[list[Tensor]], Optimizer]) -> TrainingState:
-    """Count the training state of ``module`` under an optimizer.
+    """Tell the training state that ``module`` will have under an optimizer.
 
     Args:
         module: any module, sparse or dense; it may be on the meta device.
         optimizer: makes the optimizer of a list of parameters, e.g. one of :data:`OPTIMIZERS`.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return _counted(module, trained, _state_to_come(trained, optimizer))
+
+
+def present_training_state(module: nn.Module, optimizer: Optimizer) -> TrainingState:
+    """Count the training state that is there: call it after a step, while gradients are kept.
+
+    Args:
+        module: any module, sparse or dense.
+        optimizer: of its parameters.
+    """
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return _counted(module, gradients, _state(optimizer))
+
+
+def _counted(module: nn.Module, gradients: Iterable[Tensor], state: Iterable[Tensor]) -> TrainingState:
     indices = [layer.index for layer in module.modules() if isinstance(layer, SparseWeight)]
     buffers = [buffer for buffer in module.buffers() if all(buffer is not index for index in indices)]
     return TrainingState(
-        values=_bytes(module.parameters()), gradients=_bytes(trained), optimizer=_bytes(_state(trained, optimizer)),
+        values=_bytes(module.parameters()), gradients=_bytes(gradients), optimizer=_bytes(state),
         indices=_bytes(indices), buffers=_bytes(buffers),
     )  # fmt: skip
 
 
-def _state(parameters: list[nn.Parameter], optimizer: Callable[[list[Tensor]], Optimizer]) -> list[Tensor]:
+def _state_to_come(parameters: list[nn.Parameter], optimizer: Callable[[list[Tensor]], Optimizer]) -> list[Tensor]:
     """What the optimizer keeps of ``parameters`` after a step."""
     if not parameters:
         return []
@@ -73,7 +88,12 @@ def _state(parameters: list[nn.Parameter], optimizer: Callable[[list[Tensor]], O
         each.grad = torch.empty_like(each)
     made = optimizer(stand_ins)
     made.step()
-    state: Any = list(made.state.values())
+    return _state(made)
+
+
+def _state(optimizer: Optimizer) -> list[Tensor]:
+    """Every tensor that ``optimizer`` keeps."""
+    state: Any = list(optimizer.state.values())
     return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
