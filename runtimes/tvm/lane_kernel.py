@@ -29,7 +29,8 @@ def lane_tile(
     it and in the values; packed values; bias, scale and shift [M] and residual, laid out as the output (read if the epilogue says so);
     first row and first column of each phase [2 · phases]; where the rows of a window lie
     [channels of a block · phases · rows], counted from its first position in the input; output Y [groups of images, M, H', W', lanes]; workspaces: windows and partial
-    sums; then integers. A row of tiles (``tiles_across`` of them) is the unit of parallel work.
+    sums; then integers. Which pieces of tiles a worker computes
+    is said by two tables (see lowering.shares), which stand before the output.
     """
     L, R, NV = lanes, rows, height * width
     loop = T.parallel if parallel else T.serial
@@ -38,9 +39,9 @@ def lane_tile(
     @T.prim_func
     def kernel(
         x: T.handle, stream: T.handle, block_column: T.handle, block_value: T.handle, values: T.handle, bias: T.handle,
-        scale: T.handle, shift: T.handle, residual: T.handle, phase: T.handle, rows_ahead: T.handle,
+        scale: T.handle, shift: T.handle, residual: T.handle, phase: T.handle, rows_ahead: T.handle, begins: T.handle, pieces: T.handle,
         y: T.handle, window: T.handle, sums: T.handle,
-        workers: T.int32, strips: T.int32, strips_in_group: T.int32, tiles_across: T.int32, last_y: T.int32, last_x: T.int32,
+        workers: T.int32, segments: T.int32, tiles_down: T.int32, tiles_across: T.int32, last_y: T.int32, last_x: T.int32,
         C: T.int32, H: T.int32, W: T.int32, stride_y: T.int32, stride_x: T.int32, pad_y: T.int32, pad_x: T.int32,
         phases: T.int32, window_rows: T.int32, window_columns: T.int32, blocks: T.int32, block_channels: T.int32,
         groups: T.int32, M: T.int32, out_height: T.int32, out_width: T.int32,
@@ -48,6 +49,7 @@ def lane_tile(
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n7, n8, n9, n10, n11, n12, n13 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
+        n14, n15 = T.int32(), T.int32()
         X = T.match_buffer(x, (n0,), "float32", align=64)
         F = T.match_buffer(stream, (n1,), "int32", align=4, offset_factor=1)
         BC = T.match_buffer(block_column, (n2,), "int32", align=4, offset_factor=1)
@@ -59,19 +61,24 @@ def lane_tile(
         E = T.match_buffer(residual, (n8,), "float32", align=4, offset_factor=1)
         P = T.match_buffer(phase, (n9,), "int32", align=4, offset_factor=1)
         A = T.match_buffer(rows_ahead, (n13,), "int32", align=4, offset_factor=1)
+        D = T.match_buffer(begins, (n14,), "int32", align=4, offset_factor=1)
+        K = T.match_buffer(pieces, (n15,), "int32", align=4, offset_factor=1)
         Y = T.match_buffer(y, (n10,), "float32", align=64)
         N = T.match_buffer(window, (n11,), "float32", align=64)
         S = T.match_buffer(sums, (n12,), "float32", align=64)
         for worker in loop(workers):
-            for turn in range(((worker + 1) * strips // workers - worker * strips // workers) * tiles_across):
-                line: T.let[T.int32] = worker * strips // workers + turn // tiles_across
-                image: T.let[T.int32] = line // strips_in_group
-                top: T.let[T.int32] = T.min(line % strips_in_group * height, last_y)
-                left: T.let[T.int32] = T.min(turn % tiles_across * width, last_x)
+            for turn in range(D[worker + 1] - D[worker]):
+                tile: T.let[T.int32] = K[(D[worker] + turn) * 4]
+                segment: T.let[T.int32] = K[(D[worker] + turn) * 4 + 1]
+                first_group: T.let[T.int32] = K[(D[worker] + turn) * 4 + 2]
+                last_group: T.let[T.int32] = K[(D[worker] + turn) * 4 + 3]
+                image: T.let[T.int32] = tile // tiles_across // tiles_down
+                top: T.let[T.int32] = T.min(tile // tiles_across % tiles_down * height, last_y)
+                left: T.let[T.int32] = T.min(tile % tiles_across * width, last_x)
                 w0: T.let[T.int32] = worker * (block_channels * phases * window_rows * window_columns * L)
                 s0: T.let[T.int32] = worker * (groups * R * NV * L)
-                for m, u in T.grid(groups * R, NV):
-                    S[T.ramp(s0 + (m * NV + u) * L, 1, L)] = T.broadcast(B[T.min(m, M - 1)], L)
+                for m, u in T.grid((last_group - first_group) * R, NV):
+                    S[T.ramp(s0 + (m * NV + u) * L, 1, L)] = T.broadcast(B[T.min(first_group * R + m, M - 1)], L)
                 for b in range(blocks):
                     for f, c in T.grid(phases, T.min(block_channels, C - b * block_channels)):
                         # Columns of the window that lie left of the image, and up to where they lie inside.
@@ -96,13 +103,15 @@ def lane_tile(
                     begin: T.let[T.int32] = (image * C * H + T.max(0, top * stride_y - pad_y)) * W + T.max(0, left * stride_x - pad_x)
                     ahead: T.let[T.int32] = (begin + T.if_then_else(b + 1 < blocks, (b + 1) * block_channels * H * W, width * stride_x)) * L
                     T.evaluate(T.call_extern(
-                        "void", products, T.address_of(F[BC[b]]), T.address_of(V[BV[b]]), T.address_of(N[w0]), T.address_of(S[s0]), groups,
+                        "void", products, T.address_of(F[BC[b * segments + segment]]), T.address_of(V[BV[b * segments + segment]]),
+                        T.address_of(N[w0]), T.address_of(S[s0]), last_group - first_group,
                         T.address_of(X[ahead]), T.address_of(A[0]), T.min(block_channels, C) * phases * window_rows, window_columns, stride_x * L,
                     ))
-                for m, j, i in T.grid(M, height, width):
+                for n, j, i in T.grid(T.min(last_group * R, M) - first_group * R, height, width):
+                    m: T.let[T.int32] = first_group * R + n
                     place: T.let[T.int32] = (((image * M + m) * out_height + top + j) * out_width + left + i) * L
                     Y[T.ramp(place, 1, L)] = finished(
-                        epilogue, S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)], L,
+                        epilogue, S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L,
                         T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)],
                     )
 

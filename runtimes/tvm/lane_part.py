@@ -22,6 +22,7 @@ from sift_compiler.runtimes.tvm.lane_kernel import lane_tile
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
 from sift_compiler.runtimes.tvm.packed_mask import PackedMask
 from sift_compiler.runtimes.tvm.part import Part
+from sift_compiler.runtimes.tvm.shared import WORTH_A_WORKER, shared
 from sift_compiler.runtimes.tvm.workspace import scratch
 
 _ALIGNMENT = 64
@@ -50,7 +51,7 @@ class LanePart:
         self._phase = torch.tensor(layout.phases, dtype=torch.int32).t().contiguous().view(-1)
         self._rows_ahead = self._window_rows()
         self._groups, self._blocks = -(-spec.out_channels // tile.rows), -(-spec.in_channels // tile.channels)
-        self._packer = MaskPacker(spec, tile.rows, tile.channels, layout.offsets, layout.channel, cpu.name)
+        self._packer = MaskPacker(spec, tile.rows, tile.channels, layout.offsets, layout.channel, cpu.name, threads)
         self._mask: PackedMask | None = None
         self._one = torch.ones(1)  # stands where the kernel reads nothing
         parallel = threads > 1
@@ -85,7 +86,7 @@ class LanePart:
         assert mask is not None, "a part is packed before it runs"
         packed_values = scratch("values", self.spec.nnz)
         self._gather(values, mask.order, packed_values, self._workers(self.spec.nnz // 65536), self.spec.nnz)
-        self._kernel(*self._arguments(x, packed_values, bias, finish, y, x.shape[0] * self._layout.tiles[0]))
+        self._kernel(*self._arguments(x, packed_values, bias, finish, y, self._tiles(x)))
 
     def trial(
         self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, share: float
@@ -95,23 +96,28 @@ class LanePart:
         assert mask is not None, "a part is packed before it runs"
         packed_values = torch.empty(max(self.spec.nnz, 16))
         self._gather(values, mask.order, packed_values, 1, self.spec.nnz)
-        strips = x.shape[0] * self._layout.tiles[0]
-        most = min(strips, self.threads * max(1, round(share * strips / self.threads)))
+        tiles = self._tiles(x)
+        most = min(tiles, self.threads * max(1, round(share * tiles / self.threads)))
         arguments = self._arguments(x, packed_values, bias, NOTHING, y, most)
-        return lambda: self._kernel(*arguments), strips / most
+        return lambda: self._kernel(*arguments), tiles / most
 
     def _arguments(
-        self, x: Tensor, packed_values: Tensor, bias: Tensor, finish: Finish, y: Tensor, strips: int
+        self, x: Tensor, packed_values: Tensor, bias: Tensor, finish: Finish, y: Tensor, tiles: int
     ) -> tuple[Any, ...]:
-        """What the kernel takes to compute the first ``strips`` rows of tiles."""
+        """What the kernel takes to compute the first ``tiles`` tiles."""
         mask = self._mask
         assert mask is not None, "a part is packed before it runs"
+        workers = self._workers(self.spec.nnz * self.choice.tile.vectors * tiles // WORTH_A_WORKER)
+        pieces = shared(tiles, self.threads, self._groups, workers)
         tensors = (finish.scale, finish.shift, finish.residual)
         return (
             _aligned(x), mask.stream, mask.block_column, mask.block_value, packed_values, bias,
-            *(self._one if t is None else t.view(-1) for t in tensors), self._phase, self._rows_ahead, y.view(-1), *self._workspaces(),
-            self._workers(strips), strips, *self._geometry(),
+            *(self._one if t is None else t.view(-1) for t in tensors), self._phase, self._rows_ahead, *pieces, y.view(-1), *self._workspaces(),
+            workers, self.threads, *self._geometry(),
         )  # fmt: skip
+
+    def _tiles(self, x: Tensor) -> int:
+        return x.shape[0] * self._layout.tiles[0] * self._layout.tiles[1]
 
     def _workers(self, pieces: int) -> int:
         return max(1, min(self.threads, pieces))
@@ -133,7 +139,7 @@ class LanePart:
         )
 
     def _geometry(self) -> tuple[int, ...]:
-        """The kernel's integers after ``strips``."""
+        """The kernel's integers after ``segments``."""
         spec, tile, layout = self.spec, self.choice.tile, self._layout
         return (
             *layout.tiles, self._output[0] - tile.height, self._output[1] - tile.width,

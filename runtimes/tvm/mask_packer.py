@@ -25,10 +25,18 @@ class MaskPacker:
         offsets: int32 [taps], where a tap begins in the window of one channel, in float32.
         channel_stride: float32 numbers of one channel in a window.
         cpu: the compiler's name of the processor.
+        segments: parts of a block that have a beginning of their own.
     """
 
     def __init__(
-        self, spec: LayerSpec, rows: int, channels: int, offsets: Int32, channel_stride: int, cpu: str
+        self,
+        spec: LayerSpec,
+        rows: int,
+        channels: int,
+        offsets: Int32,
+        channel_stride: int,
+        cpu: str,
+        segments: int = 1,
     ) -> None:
         self._spec, self._rows, self._channels, self._offsets, self._stride = (
             spec,
@@ -37,7 +45,8 @@ class MaskPacker:
             offsets,
             channel_stride,
         )
-        self.key = (rows, channels, offsets.tobytes(), channel_stride)
+        self._segments = segments
+        self.key = (rows, channels, offsets.tobytes(), channel_stride, segments)
         """What the order of a program depends on, but for the layer."""
         self._groups, self._blocks = -(-spec.out_channels // rows), -(-spec.in_channels // channels)
         self._buckets = self._blocks * self._groups * ((1 << rows) - 1)
@@ -53,15 +62,17 @@ class MaskPacker:
         """The program of ``index``: int32 [nnz], distinct flat positions in the dense weight; a negative one is not in the mask."""
         nnz = index.numel()
         if not self._fits(nnz):
-            return pack(index.numpy(), self._spec, self._rows, self._channels, self._offsets, self._stride)
+            return pack(
+                index.numpy(), self._spec, self._rows, self._channels, self._offsets, self._stride, self._segments
+            )
         stream = torch.zeros(nnz + self._buckets, dtype=torch.int32)
-        starts = torch.zeros(2, self._blocks, dtype=torch.int32)
+        starts = torch.zeros(2, self._blocks * self._segments, dtype=torch.int32)
         # What is not kept has no place in the order; the rest of it is zero.
         order = torch.zeros(nnz + self._rows, dtype=torch.int32)
         work = self._scratch(nnz)
         self._kernel(
             index.contiguous(), *self._tables, *work, stream, starts[0], starts[1], order,
-            nnz, self._width, self._columns, self._groups, self._blocks, 1 / self._width,
+            nnz, self._width, self._columns, self._groups, self._blocks, self._segments, 1 / self._width,
         )  # fmt: skip
         columns = int(work[0][2 * self._groups])
         used = stream[: columns + self._buckets].numpy()

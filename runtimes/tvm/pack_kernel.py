@@ -30,8 +30,8 @@ def pack_mask(*, rows: int, name: str) -> Any:
     Arguments, int32 unless said otherwise, in order. Read: index [nnz], first column of each output row [M], offset in the window and block of each
     column [S]. Scratch: ends of groups [2 · groups + 1], positions in a group's table and slots [nnz], marks [ceil(S / MARKS)], int64, and patterns [S], both zero
     before and after, cells [S · R], columns and sorted slots [nnz + R], beginnings of buckets in the stream and in the values [blocks · groups · P].
-    Written: stream [columns + buckets], block_column, block_value [blocks], order [nnz + R], of which R are spare. Then the integers nnz, M, S,
-    groups, blocks, and as float64 the inverse of the columns that one output row can read.
+    Written: stream [columns + buckets], block_column, block_value [blocks · segments], order [nnz + R], of which R are spare. Then the integers nnz, M, S,
+    groups, blocks, segments, and as float64 the inverse of the columns that one output row can read.
     """
     R, NP, W = rows, (1 << rows) - 1, MARKS
 
@@ -80,16 +80,16 @@ def pack_mask(*, rows: int, name: str) -> Any:
                 PT[c] = 0
 
     @T.macro
-    def to_buckets(BC, BV, F, FC, FV, groups, blocks):
+    def to_buckets(BC, BV, F, FC, FV, groups, blocks, segments):
         done = T.alloc_buffer((2,), "int32", scope="local")
         done[0] = 0
         done[1] = 0
-        for b in range(blocks):
-            FC[b] = done[0]
-            FV[b] = done[1]
-            for g in range(groups):
+        for b, s in T.grid(blocks, segments):
+            FC[b * segments + s] = done[0]
+            FV[b * segments + s] = done[1]
+            for g in range((s + 1) * groups // segments - s * groups // segments):
                 for p in T.unroll(NP):
-                    bucket: T.int32 = (b * groups + g) * NP + p
+                    bucket: T.int32 = (b * groups + s * groups // segments + g) * NP + p
                     count: T.int32 = BC[bucket]
                     BC[bucket] = done[0]
                     BV[bucket] = done[1]
@@ -118,7 +118,7 @@ def pack_mask(*, rows: int, name: str) -> Any:
         group_end: T.handle, key: T.handle, slot: T.handle, marks: T.handle, pattern: T.handle, cell: T.handle,
         column: T.handle, ordered: T.handle, bucket_column: T.handle, bucket_value: T.handle,
         stream: T.handle, block_column: T.handle, block_value: T.handle, order: T.handle,
-        nnz: T.int32, width: T.int32, S: T.int32, groups: T.int32, blocks: T.int32, inverse: T.float64,
+        nnz: T.int32, width: T.int32, S: T.int32, groups: T.int32, blocks: T.int32, segments: T.int32, inverse: T.float64,
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
@@ -153,7 +153,7 @@ def pack_mask(*, rows: int, name: str) -> Any:
             last: T.int32 = G[g]
             to_columns(first, last, g, K, SL, BM, PT, CE, CO, SO, BC, OB, done, S, groups)
             G[groups + 1 + g] = done[0]
-        to_buckets(BC, BV, F, FC, FV, groups, blocks)
+        to_buckets(BC, BV, F, FC, FV, groups, blocks, segments)
         done[0] = 0
         for g in range(groups):
             begin: T.int32 = T.if_then_else(g > 0, G[groups + g], 0)

@@ -21,6 +21,7 @@ from sift_compiler.runtimes.tvm import kernels
 from sift_compiler.runtimes.tvm.build import compiled
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
 from sift_compiler.runtimes.tvm.packed_mask import PackedMask, nothing
+from sift_compiler.runtimes.tvm.shared import WORTH_A_WORKER, shared
 from sift_compiler.runtimes.tvm.sparse_kernel import sparse_tile
 from sift_compiler.runtimes.tvm.workspace import scratch
 
@@ -134,7 +135,7 @@ class Part:
         linear = self.spec.kind == "linear"
         offsets = np.zeros(1, np.int32) if linear else layout.offsets
         channel = tile.width * tile.vector if linear else layout.channel
-        return MaskPacker(self.spec, tile.rows, tile.channels, offsets, channel, self._cpu.name)
+        return MaskPacker(self.spec, tile.rows, tile.channels, offsets, channel, self._cpu.name, self.threads)
 
     # --- running --------------------------------------------------------------------------------------------------
 
@@ -180,10 +181,12 @@ class Part:
         """What the kernel takes to compute the first ``strips`` rows of tiles."""
         mask = self._mask
         assert mask is not None, "a part is packed before it runs"
+        workers = self._workers(self.spec.nnz * self.choice.tile.vectors * strips * sizes[1] // WORTH_A_WORKER)
+        pieces = shared(strips, self.threads, self._groups, workers)
         return (
-            packed, mask.stream, mask.block_column, mask.block_value, packed_values, bias, *self._tables.runs, self._ahead[0],
+            packed, mask.stream, mask.block_column, mask.block_value, packed_values, bias, *self._tables.runs, self._ahead[0], *pieces,
             *(self._one if t is None else t.view(-1) for t in (finish.scale, finish.shift, residual)), y.view(-1),
-            *self._workspaces(), self._workers(strips), strips, *sizes, *self._ahead[1:],
+            *self._workspaces(), workers, self.threads, *sizes, *self._ahead[1:],
         )  # fmt: skip
 
     def _workers(self, pieces: int) -> int:
@@ -215,7 +218,7 @@ class Part:
         return 1 << (positions.bit_length() - 1) if positions >= 4 else 0
 
     def _pack(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
-        """The packed input, the kernel's integers after ``strips``, and the number of strips (rows of tiles)."""
+        """The packed input, the kernel's integers after ``segments``, and the number of strips (rows of tiles)."""
         if self.spec.kind == "linear":
             return self._pack_tokens(x)
         return self._pack_images(x) if self.choice.tile.lanes == "batch" else self._pack_space(x)

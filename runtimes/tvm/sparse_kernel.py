@@ -53,8 +53,8 @@ def sparse_tile(
 
     The function's arguments, in order: packed input X (the input itself for tokens); the program's stream, and where each block begins
     in it and in the values; packed values; bias [M]; stretch starts, tile positions, output positions and lengths (read for
-    ``stretches`` only); where the rows of a window lie, counted from its first number (see :func:`products.block_products`); scale and shift [M] and residual, laid out as the output (read if the epilogue says so); output Y; workspaces: windows, partial sums, finished rows of tiles [workers · size]; then integers. A row of
-    tiles (``tiles_across`` of them) is the unit of parallel work.
+    ``stretches`` only); where the rows of a window lie, counted from its first number (see :func:`products.block_products`);
+    which pieces of strips (rows of tiles) a worker computes, two tables (see lowering.shares); scale and shift [M] and residual, laid out as the output (read if the epilogue says so); output Y; workspaces: windows, partial sums, finished rows of tiles [workers · size]; then integers.
     """
     L, R, NV = lanes, rows, height * width
     N = strip
@@ -78,9 +78,9 @@ def sparse_tile(
     def kernel(
         x: T.handle, stream: T.handle, block_column: T.handle, block_value: T.handle, values: T.handle, bias: T.handle,
         run_start: T.handle, run_source: T.handle, run_target: T.handle, run_length: T.handle,
-        rows_ahead: T.handle, scale: T.handle, shift: T.handle, residual: T.handle,
+        rows_ahead: T.handle, begins: T.handle, pieces: T.handle, scale: T.handle, shift: T.handle, residual: T.handle,
         y: T.handle, window: T.handle, sums: T.handle, finished: T.handle,
-        workers: T.int32, strips: T.int32, strips_in_group: T.int32, tiles_across: T.int32, across_step: T.int32,
+        workers: T.int32, segments: T.int32, strips_in_group: T.int32, tiles_across: T.int32, across_step: T.int32,
         last_y: T.int32, last_x: T.int32, row_step: T.int32, column_step: T.int32, group_step: T.int32,
         blocks: T.int32, planes: T.int32, block_planes: T.int32, plane_step: T.int32, stretch_step: T.int32,
         stretch_count: T.int32, stretch_vectors: T.int32,
@@ -90,7 +90,7 @@ def sparse_tile(
         T.func_attr({"global_symbol": name, "tirx.noalias": True, IN_REGISTERS: True})
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n7, n8, n9, n10, n11, n12, n13 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        n14, n15, n16, n17 = T.int32(), T.int32(), T.int32(), T.int32()
+        n14, n15, n16, n17, n18, n19 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
         F = T.match_buffer(stream, (n1,), "int32", align=4, offset_factor=1)
         BC = T.match_buffer(block_column, (n2,), "int32", align=4, offset_factor=1)
@@ -102,6 +102,8 @@ def sparse_tile(
         RT = T.match_buffer(run_target, (n8,), "int32", align=4, offset_factor=1)
         RL = T.match_buffer(run_length, (n9,), "int32", align=4, offset_factor=1)
         A = T.match_buffer(rows_ahead, (n17,), "int32", align=4, offset_factor=1)
+        D = T.match_buffer(begins, (n18,), "int32", align=4, offset_factor=1)
+        K = T.match_buffer(pieces, (n19,), "int32", align=4, offset_factor=1)
         SC = T.match_buffer(scale, (n14,), "float32", align=4, offset_factor=1)
         SH = T.match_buffer(shift, (n15,), "float32", align=4, offset_factor=1)
         E = T.match_buffer(residual, (n16,), "float32", align=4, offset_factor=1)
@@ -110,8 +112,14 @@ def sparse_tile(
         S = T.match_buffer(sums, (n12,), "float32", align=64)
         Q = T.match_buffer(finished, (n13,), "float32", align=64)
         for worker in loop(workers):
-            for turn in range(((worker + 1) * strips // workers - worker * strips // workers) * tiles_across):
-                line: T.let[T.int32] = worker * strips // workers + turn // tiles_across
+            for turn in range((D[worker + 1] - D[worker]) * tiles_across):
+                piece: T.let[T.int32] = (D[worker] + turn // tiles_across) * 4
+                line: T.let[T.int32] = K[piece]
+                segment: T.let[T.int32] = K[piece + 1]
+                first_group: T.let[T.int32] = K[piece + 2]
+                last_group: T.let[T.int32] = K[piece + 3]
+                first_row: T.let[T.int32] = first_group * R
+                row_count: T.let[T.int32] = T.min(last_group * R, M) - first_group * R
                 group: T.let[T.int32] = line // strips_in_group
                 top: T.let[T.int32] = T.min(line % strips_in_group * height, last_y)
                 left: T.let[T.int32] = T.min(across(turn % tiles_across, line) * across_step, last_x)
@@ -119,8 +127,8 @@ def sparse_tile(
                 w0: T.let[T.int32] = worker * (block_planes * stretch_count * stretch_vectors * L)
                 s0: T.let[T.int32] = worker * (groups * R * NV * L)
                 q0: T.let[T.int32] = worker * (M * height * out_width * L)
-                for m, u in T.grid(groups * R, NV):
-                    S[T.ramp(s0 + (m * NV + u) * L, 1, L)] = T.broadcast(T.if_then_else(m < M, B[T.min(m, M - 1)], T.float32(0)), L)
+                for m, u in T.grid((last_group - first_group) * R, NV):
+                    S[T.ramp(s0 + (m * NV + u) * L, 1, L)] = T.broadcast(B[T.min(first_row + m, M - 1)], L)
                 for b in range(blocks):
                     count: T.let[T.int32] = T.min(block_planes, planes - b * block_planes)
                     if tokens:
@@ -144,9 +152,9 @@ def sparse_tile(
                     if inline:
                         k = registers(1, "int64")
                         v = registers(1, "int64")
-                        k[0] = T.cast(BC[b], "int64")
-                        v[0] = T.cast(BV[b], "int64")
-                        for g in range(groups):
+                        k[0] = T.cast(BC[b * segments + segment], "int64")
+                        v[0] = T.cast(BV[b * segments + segment], "int64")
+                        for g in range(last_group - first_group):
                             acc = registers(R * NV * L)
                             for u in T.unroll(R * NV):
                                 acc[T.ramp(u * L, 1, L)] = S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)]
@@ -159,25 +167,28 @@ def sparse_tile(
                             b + 1 < blocks, (b + 1) * block_planes * block_step(plane_step), across_step * column_step
                         )
                         T.evaluate(T.call_extern(
-                            "void", products, T.address_of(F[BC[b]]), T.address_of(V[BV[b]]), T.address_of(W[w0]), T.address_of(S[s0]), groups,
+                            "void", products, T.address_of(F[BC[b * segments + segment]]), T.address_of(V[BV[b * segments + segment]]),
+                            T.address_of(W[w0]), T.address_of(S[s0]), last_group - first_group,
                             T.address_of(X[ahead]), T.address_of(A[0]), ahead_rows, ahead_vectors, L,
                         ))
                 if images:
                     if N == 0:
-                        for m, j, i in T.grid(M, height, width):
+                        for n, j, i in T.grid(row_count, height, width):
+                            m: T.let[T.int32] = first_row + n
                             scattered: T.let[T.int32] = (group * L * M + m) * out_area + (top + j) * out_width + left + i
                             Y[T.ramp(scattered, M * out_area, L)] = stored(
-                                S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)], L, T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(scattered, M * out_area, L)]
+                                S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L, T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(scattered, M * out_area, L)]
                             )
                     else:
-                        for m, j, i in T.grid(M, height, width):
+                        for m, j, i in T.grid(row_count, height, width):
                             Q[T.ramp(q0 + ((m * height + j) * out_width + left + i) * L, 1, L)] = S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)]
                         if turn % tiles_across == tiles_across - 1:
-                            for m, q in T.grid(M, (height * out_width + N - 1) // N):
+                            for n, q in T.grid(row_count, (height * out_width + N - 1) // N):
+                                m: T.let[T.int32] = first_row + n
                                 cells = registers(2 * N * L)
                                 start: T.let[T.int32] = T.min(q * N, height * out_width - N)
                                 for i in T.unroll(N):
-                                    cells[T.ramp(i * L, 1, L)] = Q[T.ramp(q0 + (m * height * out_width + start + i) * L, 1, L)]
+                                    cells[T.ramp(i * L, 1, L)] = Q[T.ramp(q0 + (n * height * out_width + start + i) * L, 1, L)]
                                 narrow(cells)
                                 for i in T.unroll(L):
                                     place: T.let[T.int32] = ((group * L + i) * M + m) * out_area + top * out_width + start
@@ -185,12 +196,13 @@ def sparse_tile(
                                         cells[T.ramp(narrow_half * N * L + i * N, 1, N)], N, T.broadcast(SC[m], N), T.broadcast(SH[m], N), E[T.ramp(place, 1, N)]
                                     )
                 if tokens:
-                    if M >= L:
-                        for u, q in T.grid(NV, (M + L - 1) // L):
+                    if row_count >= L:
+                        for u, q in T.grid(NV, (row_count + L - 1) // L):
                             cells = registers(2 * L * L)
-                            row: T.let[T.int32] = T.min(q * L, M - L)
+                            near_row: T.let[T.int32] = T.min(q * L, row_count - L)
+                            row: T.let[T.int32] = first_row + near_row
                             for i in T.unroll(L):
-                                cells[T.ramp(i * L, 1, L)] = S[T.ramp(s0 + ((row + i) * NV + u) * L, 1, L)]
+                                cells[T.ramp(i * L, 1, L)] = S[T.ramp(s0 + ((near_row + i) * NV + u) * L, 1, L)]
                             square(cells)
                             for i in T.unroll(L):
                                 token: T.let[T.int32] = (left + u * L + i) * M + row
@@ -198,16 +210,18 @@ def sparse_tile(
                                     cells[T.ramp((square_half * L + i) * L, 1, L)], L, SC[T.ramp(row, 1, L)], SH[T.ramp(row, 1, L)], E[T.ramp(token, 1, L)]
                                 )
                     else:
-                        for m, u in T.grid(M, NV):
+                        for n, u in T.grid(row_count, NV):
+                            m: T.let[T.int32] = first_row + n
                             Y[T.ramp((left + u * L) * M + m, M, L)] = stored(
-                                S[T.ramp(s0 + (m * NV + u) * L, 1, L)], L, T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp((left + u * L) * M + m, M, L)]
+                                S[T.ramp(s0 + (n * NV + u) * L, 1, L)], L, T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp((left + u * L) * M + m, M, L)]
                             )
                 if stretches:
-                    for m in range(M):
+                    for n in range(row_count):
+                        m: T.let[T.int32] = first_row + n
                         for q in range(RS[line + 1] - RS[line]):
                             for i in range(RL[RS[line] + q]):
                                 Y[m * out_area + RT[RS[line] + q] + i] = stored(
-                                    S[s0 + m * NV * L + RF[RS[line] + q] + i], 1, SC[m], SH[m], E[m * out_area + RT[RS[line] + q] + i]
+                                    S[s0 + n * NV * L + RF[RS[line] + q] + i], 1, SC[m], SH[m], E[m * out_area + RT[RS[line] + q] + i]
                                 )
 
     if inline:

@@ -34,8 +34,9 @@ class Program:
         stream: int32 [columns + buckets]; for each block, group and pattern in turn the columns of that bucket, closed by ``END``. A
             column is where its input begins in the block's window, in float32 numbers. The columns take their values in the order
             of the stream, one per row of the pattern, rows ascending.
-        block_column: int32 [blocks], where a block begins in the stream.
-        block_value: int32 [blocks], where a block begins in the packed values.
+        block_column: int32 [blocks · segments], where each segment of a block begins in the stream: segment s of S has the groups from
+            ``s · groups // S`` on, for workers that share a tile.
+        block_value: int32 [blocks · segments], where each begins in the packed values.
         order: int32 [nnz]; ``packed_values = values[order]``.
         groups: ceil(out channels / rows).
         blocks: ceil(in channels / block channels).
@@ -74,7 +75,9 @@ def _keys(index: Int32, spec: LayerSpec, rows: int, channels: int, taps: int) ->
     return keys if keys.size and int(keys.max()) > np.iinfo(np.int32).max else keys.astype(np.int32)
 
 
-def pack(index: Int32, spec: LayerSpec, rows: int, channels: int, offsets: Int32, channel_stride: int) -> Program:
+def pack(
+    index: Int32, spec: LayerSpec, rows: int, channels: int, offsets: Int32, channel_stride: int, segments: int = 1
+) -> Program:
     """Pack a mask.
 
     Args:
@@ -84,10 +87,11 @@ def pack(index: Int32, spec: LayerSpec, rows: int, channels: int, offsets: Int32
         channels: input channels of a block.
         offsets: int32 [taps], where a tap begins in the window of one channel, in float32.
         channel_stride: float32 numbers of one channel in a window.
+        segments: parts of a block that have a beginning of their own.
     """
     kept = np.flatnonzero(index >= 0)
     if kept.size < index.size:
-        program = pack(index[kept], spec, rows, channels, offsets, channel_stride)
+        program = pack(index[kept], spec, rows, channels, offsets, channel_stride, segments)
         # As long as the values, as ever; no bucket reaches what is beyond the kept ones.
         order = np.zeros(index.size, np.int32)
         order[: kept.size] = kept[program.order]
@@ -124,5 +128,6 @@ def pack(index: Int32, spec: LayerSpec, rows: int, channels: int, offsets: Int32
         target = value_start[bucket] + rank * rows_in[p - 1]
         for lane_in in range(rows_in[p - 1]):
             order[target + lane_in] = slots[first[chosen] + lane_in]
-    block_column, block_value = (a[:: groups * patterns].astype(np.int32) for a in (column_start, value_start))
+    begins = np.arange(blocks)[:, None] * groups + np.arange(segments) * groups // segments
+    block_column, block_value = (a[begins.ravel() * patterns].astype(np.int32) for a in (column_start, value_start))
     return Program(stream, block_column, block_value, order, groups, blocks)

@@ -41,12 +41,12 @@ def test_every_entry_is_that_of_the_reference(
     spec = LayerSpec(kind="conv2d" if len(shape) == 4 else "linear", weight_shape=shape, groups=groups, nnz=nnz)
     taps = spec.kernel_size[0] * spec.kernel_size[1]
     offsets = rng.permutation(taps * 3)[:taps].astype(np.int32)
-    packer = MaskPacker(spec, rows, channels, offsets, taps * 3, host_cpu().name)
+    packer = MaskPacker(spec, rows, channels, offsets, taps * 3, host_cpu().name, segments=3)
     for empty in (0, 3, 1):  # three masks in turn: nothing of one may be left for the next
         index = rng.permutation(int(np.prod(shape)))[:nnz].astype(np.int32)
         if empty:
             index[::empty] = -1 - index[::empty]
-        expected = pack(index, spec, rows, channels, offsets, taps * 3)
+        expected = pack(index, spec, rows, channels, offsets, taps * 3, segments=3)
         assert_equal(packer.pack(torch.from_numpy(index)), expected)
 
 
