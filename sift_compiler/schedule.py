@@ -260,7 +260,7 @@ class MaskScheduler:
         if self._rule.watches(self.step_count) or not self._rule.reduces(view):
             return gradient
         gradient = self._dense(gradient)
-        return Entries.of(gradient, self._rule.needed(view, gradient.reshape(-1)))
+        return self._rule.needed(view, gradient.reshape(-1))
 
     def _wants_dense_gradient(self) -> bool:
         return self._rule.watches(self.step_count) or (self._rule.needs_dense_gradient and self._due())
@@ -302,7 +302,7 @@ class MaskScheduler:
             name=one.name, shape=layer.weight_shape, structure=layer.structure, index=layer.index,
             slot_values=layer.values.detach(), slot_gradient=layer.values.grad,
             fetch=None if gradient is None else functools.partial(self._dense, gradient),
-            growable=gradient.places if isinstance(gradient, Entries) else None,
+            entries=gradient if isinstance(gradient, Entries) else None,
             memory=self._memory[one.name], step=self.step_count,
             seed=criteria.stream(self.method.seed, one.name, self.step_count),
         )  # fmt: skip

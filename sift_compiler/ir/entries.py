@@ -27,12 +27,20 @@ class Entries:
     @classmethod
     def of(cls, dense: Tensor, places: Tensor) -> Entries:
         """Those of ``dense`` at ``places`` [n]; none if ``dense`` is not finite, which is then all there is to know."""
-        flat = dense.reshape(-1)
-        least, most = flat.aminmax() if flat.numel() else (flat.new_zeros(()), flat.new_zeros(()))
-        finite = bool(least.isfinite() & most.isfinite())
+        flat, finite = dense.reshape(-1), is_finite(dense)
         places = places if finite else places[:0]
-        return cls(places=places.to(torch.int32), numbers=flat[places], numel=flat.numel(), finite=finite)
+        return cls(
+            places=places.to(torch.int32), numbers=flat.index_select(0, places), numel=flat.numel(), finite=finite
+        )
 
     def dense(self) -> Tensor:
         """[numel], with 0 everywhere else."""
         return self.numbers.new_zeros(self.numel).index_copy_(0, self.places.long(), self.numbers)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of ``tensor`` is NaN or infinite; one pass without a copy."""
+    if not tensor.numel():
+        return True
+    least, most = tensor.aminmax()
+    return bool(least.isfinite() & most.isfinite())

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sift_compiler.errors import UserError
+from sift_compiler.ir.entries import Entries
 from sift_compiler.ir.mask_structure import NM, best_units
 from sift_compiler.masking import criteria, needed, schedules
 from sift_compiler.masking.layer import LayerView
@@ -59,7 +60,7 @@ class BAME(DynamicMethod):
         """Always."""
         return True
 
-    def needed(self, layer: LayerView, gradient: Tensor) -> Tensor:
+    def needed(self, layer: LayerView, gradient: Tensor) -> Entries:
         """g of the active weights, and of every block the n largest |g| elsewhere: no more can be swapped in."""
         if layer.step < self.adapt_from:
             (target,) = self.targets([layer], layer.step)
@@ -68,7 +69,7 @@ class BAME(DynamicMethod):
         rooms = torch.full((len(layout),), layer.structure.most(layer.shape), device=gradient.device)
         free = ~layer.mask()[layout]
         best = best_units(criteria.magnitude(gradient)[layout], free, rooms, free.numel())
-        return torch.cat([layer.positions, layout[best]])
+        return Entries.of(gradient, torch.cat([layer.positions, layout[best]]))
 
     def choose(self, layer: LayerView, target: Target) -> Choice:
         """RigL's choice at first, swaps within blocks later."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sift_compiler.errors import UserError
+from sift_compiler.ir.entries import Entries
 from sift_compiler.ir.mask_structure import NM, Unstructured, best_units, scattered
 from sift_compiler.masking import criteria
 from sift_compiler.masking.layer import LayerView
@@ -60,13 +61,13 @@ class BiDST(MovingMethod):
         """Always."""
         return True
 
-    def needed(self, layer: LayerView, gradient: Tensor) -> Tensor:
+    def needed(self, layer: LayerView, gradient: Tensor) -> Entries:
         """g of all that has a score, and the largest |g| elsewhere, from which new candidates are taken: twice where the first are, too."""
         members, times = layer.memory.get("members"), 1
         if members is None:
             members, times = layer.positions, 2
         new = largest_elsewhere(gradient, members, times * self._wanted(layer), layer.stream("candidates"))
-        return torch.cat([members, new])
+        return Entries.of(gradient, torch.cat([members, new]))
 
     def _wanted(self, layer: LayerView) -> int:
         return int(self.candidates * layer.active + 1e-9)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sift_compiler.masking.order_statistics import nth_largest, where
+
 Score = Callable[[Tensor], Tensor]
 """Gives the scores [n] of positions int64 [n]."""
 
@@ -60,41 +62,14 @@ def largest(scores: Tensor, positions: Tensor, count: int, seed: int) -> Tensor:
     """
     if count == 0 or count == scores.numel():
         return torch.full_like(scores, fill_value=count > 0, dtype=torch.bool)
-    threshold = _nth_largest(scores, count)
+    threshold = nth_largest(scores, count)
     chosen = scores > threshold
-    tied = (scores == threshold).nonzero().squeeze(1)
-    wanted = count - int(chosen.sum())
+    tied = where(scores == threshold)
+    wanted = count - int(chosen.count_nonzero())
     if wanted < tied.numel():
         tied = tied[priority(positions[tied], seed).argsort(descending=True)[:wanted]]
     chosen[tied] = True
     return chosen
-
-
-_SAMPLED = 64
-"""Of long tensors every so manieth number is looked at first."""
-
-
-def in_reach(scores: Tensor, n: int) -> Tensor:
-    """Where the ``n`` largest of ``scores`` [m] are among others, and all that equal the least of them; int64, ascending.
-
-    Where n is small beside m most numbers are out of the question: a number that a sample finds low enough is a threshold, and only what
-    reaches it is left. Whether n numbers reach it is counted, so the result holds whatever the sample.
-    """
-    size = scores.numel()
-    if 4 * n < size and size > 1024 * _SAMPLED:
-        sample = scores[::_SAMPLED]
-        rank = 16 + n * 5 // (4 * _SAMPLED)
-        reaching = (scores >= _nth_largest(sample, rank)).nonzero().squeeze(1)
-        if reaching.numel() >= n:
-            return reaching
-    return torch.arange(size, device=scores.device)
-
-
-def _nth_largest(scores: Tensor, n: int) -> Tensor:
-    if scores.device.type == "cpu":
-        return scores.kthvalue(scores.numel() + 1 - n).values
-    # On other devices kthvalue is refused in torch's deterministic mode, for its indices. Values of topk are defined, too.
-    return scores.topk(n, sorted=False).values.min()
 
 
 def smallest(scores: Tensor, positions: Tensor, count: int, seed: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sift_compiler.ir.entries import Entries
+from sift_compiler.ir.entries import Entries, is_finite
 
 Condition = Literal["usable", "missing", "not finite"]
 
@@ -24,7 +24,7 @@ def condition(tensors: Sequence[Tensor | Entries | None]) -> Condition:
 
 
 def _finite(tensor: Tensor | Entries) -> bool:
-    return tensor.finite if isinstance(tensor, Entries) else bool(torch.isfinite(tensor).all())
+    return tensor.finite if isinstance(tensor, Entries) else is_finite(tensor)
 
 
 Group: TypeAlias = "dist.ProcessGroup | None"

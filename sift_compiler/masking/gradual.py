@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sift_compiler.errors import UserError
+from sift_compiler.ir.entries import Entries
 from sift_compiler.ir.mask_structure import NM, TransposableNM, Unstructured
 from sift_compiler.ir.pattern import kept_entries
 from sift_compiler.masking import criteria, needed, schedules
@@ -93,13 +94,13 @@ class GraNet(DynamicMethod):
 
     def grow_scores(self, layer: LayerView, candidates: Tensor) -> Tensor:
         """|g| at each candidate."""
-        return criteria.magnitude(layer.dense_gradient[candidates])
+        return criteria.magnitude(layer.gradient_at(candidates))
 
     def reduces(self, layer: LayerView) -> bool:
         """All structures but the transposable one."""
         return not isinstance(layer.structure, TransposableNM)
 
-    def needed(self, layer: LayerView, gradient: Tensor) -> Tensor:
+    def needed(self, layer: LayerView, gradient: Tensor) -> Entries:
         """As for RigL, if pruning took nothing from this layer: then most would come."""
         target = replacing(layer, layer.active, self.fraction(layer.step))
         return needed.by_magnitude(layer, gradient, target.active - target.survivors)

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sift_compiler.ir.entries import Entries
 from sift_compiler.ir.mask_structure import Structure
 from sift_compiler.masking import criteria
 
@@ -30,7 +31,7 @@ class LayerView:
         slot_gradient: [slots] or None, the gradient of ``slot_values`` as the optimizer saw it, unscaled.
         fetch: returns the dense gradient [numel], the mean over all ranks, unscaled if the method says ``uses_gradient_size``; None if it asks
             for none.
-        growable: int32 [n] or None; entries besides which ``fetch`` returns zeros, because no choice can depend on them.
+        entries: those entries of the dense gradient that a choice can depend on, if only they were kept; ``fetch`` returns zeros elsewhere.
         memory: what the method keeps of this layer.
         step: optimizer steps before this one.
         seed: differs between layers and steps.
@@ -43,7 +44,7 @@ class LayerView:
     slot_values: Tensor
     slot_gradient: Tensor | None = None
     fetch: Callable[[], Tensor] | None = None
-    growable: Tensor | None = None
+    entries: Entries | None = None
     memory: Memory = field(default_factory=dict)
     step: int = 0
     seed: int = 0
@@ -64,26 +65,43 @@ class LayerView:
         return self.index >= 0
 
     @cached_property
+    def full(self) -> bool:
+        """Whether every slot holds an active weight."""
+        return not self.slots or int(self.index.min()) >= 0
+
+    @cached_property
     def positions(self) -> Tensor:
         """int64 [active]: where the active weights sit in the flattened dense weight."""
-        return self.index[self.in_mask].long()
+        return (self.index if self.full else self.index[self.in_mask]).long()
 
     @cached_property
     def values(self) -> Tensor:
         """[active]: the active weights."""
-        return self.slot_values.detach()[self.in_mask]
+        values = self.slot_values.detach()
+        return values if self.full else values[self.in_mask]
 
     @cached_property
     def gradient(self) -> Tensor:
         """[active]: their gradient, for methods with ``needs_gradient``."""
         assert self.slot_gradient is not None
-        return self.slot_gradient[self.in_mask]
+        return self.slot_gradient if self.full else self.slot_gradient[self.in_mask]
 
     @cached_property
     def dense_gradient(self) -> Tensor:
         """[numel]: the gradient of every entry of the dense weight, for methods with ``needs_dense_gradient``."""
         assert self.fetch is not None
         return self.fetch().reshape(-1)
+
+    @cached_property
+    def growable(self) -> Tensor | None:
+        """int64 [n], ascending or not: where ``entries`` stand; None if all may grow."""
+        return None if self.entries is None else self.entries.places.long()
+
+    def gradient_at(self, positions: Tensor) -> Tensor:
+        """The dense gradient at ``positions`` int64 [n]; without a dense tensor if these are :attr:`growable` themselves."""
+        if self.entries is not None and positions is self.growable:
+            return self.entries.numbers
+        return self.dense_gradient[positions]
 
     @property
     def active(self) -> int:
@@ -93,8 +111,7 @@ class LayerView:
     def mask(self) -> Tensor:
         """The dense mask, bool [numel]."""
         mask = torch.zeros(self.numel, dtype=torch.bool, device=self.index.device)
-        mask[self.positions] = True
-        return mask
+        return mask.index_fill_(0, self.positions, True)
 
     def stream(self, purpose: str) -> int:
         """A seed for one random choice."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sift_compiler.errors import UnsupportedError
+from sift_compiler.ir.entries import Entries
 from sift_compiler.ir.mask_structure import TransposableNM
 from sift_compiler.masking import criteria, needed
 from sift_compiler.masking.bame import BAME
@@ -32,13 +33,13 @@ class GradientGrowth(Rule):
 
     def grow_scores(self, layer: LayerView, candidates: Tensor) -> Tensor:
         """|g| at each candidate; g is the mean over all ranks."""
-        return criteria.magnitude(layer.dense_gradient[candidates])
+        return criteria.magnitude(layer.gradient_at(candidates))
 
     def reduces(self, layer: LayerView) -> bool:
         """All structures but the transposable one."""
         return not isinstance(layer.structure, TransposableNM)
 
-    def needed(self, layer: LayerView, gradient: Tensor) -> Tensor:
+    def needed(self, layer: LayerView, gradient: Tensor) -> Entries:
         """g of the active weights, any of which may be dropped and grown again, and the largest |g| elsewhere."""
         (target,) = self.targets([layer], layer.step)
         return needed.by_magnitude(layer, gradient, target.active - target.survivors)

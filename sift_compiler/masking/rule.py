@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from sift_compiler.errors import UserError
+from sift_compiler.ir.entries import Entries
 from sift_compiler.ir.mask_structure import (
     NM,
     Block,
@@ -123,9 +124,9 @@ class Rule:
         """Whether :meth:`needed` can say which entries of the dense gradient this update can depend on; if not, all are held until then."""
         return False
 
-    def needed(self, layer: LayerView, gradient: Tensor) -> Tensor:
-        """Those entries, int64 [n], given all of the dense ``gradient`` [numel] but not yet the step of the optimizer that comes before the
-        choice. :meth:`choose` finds zeros elsewhere, and must choose the same."""
+    def needed(self, layer: LayerView, gradient: Tensor) -> Entries:
+        """Those entries, given all of the dense ``gradient`` [numel] but not yet the step of the optimizer that comes before the choice.
+        :meth:`choose` finds zeros elsewhere, and must choose the same. Where the gradient is not finite, that is all there is to say."""
         raise NotImplementedError
 
     def watches(self, step: int) -> bool:

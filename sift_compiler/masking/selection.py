@@ -8,6 +8,7 @@ from torch import Tensor
 from sift_compiler.ir.mask_structure import TransposableNM, Unstructured, best_units, scattered
 from sift_compiler.masking import criteria
 from sift_compiler.masking.layer import LayerView
+from sift_compiler.masking.order_statistics import where
 
 
 def survivors(layer: LayerView, scores: Tensor, count: int) -> Tensor:
@@ -50,17 +51,20 @@ def newcomers(
     """
     seed = layer.stream("grow")
     taken = torch.zeros(layer.numel, dtype=torch.bool, device=layer.index.device)
-    taken[layer.positions if exclude_just_dropped else layer.positions[kept]] = True
-    unstructured = isinstance(layer.structure, Unstructured)
-    if unstructured and layer.growable is not None:
-        candidates = layer.growable.long()
-        candidates = candidates[~taken[candidates]]
+    if exclude_just_dropped:
+        taken.index_fill_(0, layer.positions, True)
     else:
-        candidates = (~taken).nonzero().squeeze(1)
+        taken.index_copy_(0, layer.positions, kept)
+    if isinstance(layer.structure, Unstructured):
+        if layer.growable is None:
+            candidates = where(~taken)
+            scores = score(candidates)
+        else:
+            free = where(~taken.index_select(0, layer.growable))
+            candidates, scores = layer.growable[free], score(layer.growable)[free]
+        return candidates[where(criteria.largest(scores, candidates, count, seed))]
+    candidates = where(~taken)
     scores = score(candidates)
-    if unstructured:
-        near = criteria.in_reach(scores, count)
-        return candidates[near][criteria.largest(scores[near], candidates[near], count, seed)]
     dense = torch.zeros(layer.numel, dtype=torch.float64, device=taken.device)
     dense[candidates] = scores.double()
     layout = layer.structure.layout(layer.shape).to(taken.device)

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from sift_compiler.errors import UnsupportedError
 from sift_compiler.ir.pattern import EMPTY, asleep, entry_of
+from sift_compiler.masking.order_statistics import where
+
+_LEAVES, _STAYS = 1, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,24 +55,43 @@ def plan(index: Tensor, kept: Tensor, grown: Tensor) -> Transition:
         kept: bool [active], in the order of the slots; the others are dropped.
         grown: distinct positions that come, none of them among the kept ones and no more than there are free slots.
     """
-    active = (index >= 0).nonzero().squeeze(1)
-    dropped = active[~kept]
-    leaving = index[dropped].long()
-    # Marks instead of sorted sets: an entry of the dense weight takes a byte, and what is marked comes out in order.
-    last = max((int(each.max()) for each in (leaving, grown) if each.numel()), default=-1)
-    marks = torch.zeros(last + 1, dtype=torch.bool, device=index.device)
-    marks[grown] = True
-    freed = dropped[~marks[leaving]]
-    marks[leaving] = False
-    coming = marks.nonzero().squeeze(1).to(torch.int32)
+    dropped = where(~kept)
+    if kept.numel() < index.numel():
+        dropped = where(index >= 0).index_select(0, dropped)
+    leaving = index.index_select(0, dropped).long()
+    freed, coming = _moving(dropped, leaving, grown)
     lacking = max(0, coming.numel() - freed.numel())
-    slots = torch.cat([freed, (index == EMPTY).nonzero().squeeze(1)[:lacking]]) if lacking else freed
+    slots = torch.cat([freed, where(index == EMPTY)[:lacking]]) if lacking else freed
     assert coming.numel() <= slots.numel()
     entries = torch.full_like(slots, EMPTY, dtype=torch.int32)
     entries[: coming.numel()] = coming
     regrown = leaving.numel() - freed.numel()
-    count = int(kept.sum()) + grown.numel()
+    count = kept.numel() - leaving.numel() + grown.numel()
     return Transition(slots, entries, True, count, leaving.numel(), grown.numel(), regrown)
+
+
+def _moving(dropped: Tensor, leaving: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+    """Without what is in both: the slots that are freed, and the positions that come, ascending.
+
+    Args:
+        dropped: int64 [n], slots.
+        leaving: int64 [n], their positions.
+        grown: int64 [m], distinct positions.
+    """
+    if not bool((grown[1:] > grown[:-1]).all()):
+        grown = grown.sort().values
+    if not leaving.numel() or not grown.numel():
+        return dropped, grown
+    # Marks instead of sorted sets: an entry of the dense weight takes a byte.
+    marks = torch.zeros(max(int(leaving.max()), int(grown[-1])) + 1, dtype=torch.uint8, device=grown.device)
+    marks.index_fill_(0, leaving, _LEAVES)
+    found = marks.index_select(0, grown)
+    again = grown.index_select(0, where(found == _LEAVES))
+    if not again.numel():
+        return dropped, grown
+    marks.index_fill_(0, again, _STAYS)
+    freed = where(marks.index_select(0, leaving) == _LEAVES)
+    return dropped.index_select(0, freed), grown.index_select(0, where(found != _LEAVES))
 
 
 def switch(index: Tensor, mask: Tensor) -> Transition:
@@ -103,14 +125,11 @@ def apply(transition: Transition, index: Tensor, values: Tensor, state: Mapping[
     states = list(per_weight_states(state, values)) if transition.wipe else []
     if transition.slots.numel() == 0:
         return
-    index[transition.slots] = transition.entries
+    index.index_copy_(0, transition.slots, transition.entries)
     if not transition.wipe:
         return
-    values[transition.slots] = 0
-    for tensor in states:
-        tensor[transition.slots] = 0
-    if values.grad is not None:
-        values.grad[transition.slots] = 0
+    for tensor in (values, *states, *(() if values.grad is None else (values.grad,))):
+        tensor.index_fill_(0, transition.slots, 0)
 
 
 def per_weight_states(state: Mapping[str, Any], values: Tensor) -> Iterator[Tensor]:

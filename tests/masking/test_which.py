@@ -29,6 +29,13 @@ def propose(rule, pattern, values, gradient, fraction, seed):
     return transition.plan(pattern.index, choice.kept, choice.grown)
 
 
+def plainly_largest(scores, positions, count, seed):
+    """Where the ``count`` largest are, ascending, by two sorts."""
+    order = criteria.priority(positions, seed).argsort(descending=True)
+    order = order[scores[order].argsort(descending=True, stable=True)]
+    return order[:count].sort().values
+
+
 SET_RULE, RIGL_RULE = Rule(SET(end_step=1)), methods.GradientGrowth(RigL(end_step=1))
 
 
@@ -136,14 +143,16 @@ def test_which_rule_belongs_to_which_method():
         torch.arange(70_001.0),
         -torch.arange(70_001.0),
         torch.zeros(70_001),
-        (torch.arange(70_001) % 64 == 0).float(),  # where the sample looks everything is large
+        (torch.arange(70_001) % 64 == 0).float(),
         (torch.arange(70_001) % 64 != 0).float(),
+        torch.randn(70_001, generator=torch.Generator().manual_seed(1)).bfloat16(),
+        torch.randn(70_001, generator=torch.Generator().manual_seed(2)).half(),
+        criteria.priority(torch.arange(70_001), 4),
     ],
 )
 @pytest.mark.parametrize("count", [0, 1, 100, 1094, 9000, 40_000, 70_001])
-def test_what_is_in_reach_holds_the_largest_and_all_that_tie_with_them(scores, count):
-    reach = criteria.in_reach(scores, count)
-    chosen = reach[criteria.largest(scores[reach], reach, count, 3)]
+def test_the_largest_are_those_of_a_sort_by_score_and_priority(scores, count):
     everywhere = torch.arange(len(scores))
-    assert torch.equal(chosen, criteria.largest(scores, everywhere, count, 3).nonzero().squeeze(1))
+    chosen = criteria.largest(scores, everywhere, count, 3).nonzero().squeeze(1)
+    assert torch.equal(chosen, plainly_largest(scores, everywhere, count, 3))
     assert torch.equal(scores[chosen].sort().values, scores.sort().values[len(scores) - count :])
