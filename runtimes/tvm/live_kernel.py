@@ -17,6 +17,7 @@ from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.plan import LayerPlan
+from sift_compiler.lowering.program import Program
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.base import Specialisations
@@ -63,10 +64,11 @@ class TvmKernel:
             tuner=tuner,
         )
         self._input_gradient = InputGradient(spec, derived)
-        self._values_gradient = ValuesGradient(spec, name, threads, cpu, backward)
+        self._values_gradient = ValuesGradient(spec, name, threads, cpu, backward, self._program)
         self._watch = MaskWatch()
         self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[AnyPart, ...]]] = {}
         self._packed: dict[object, AnyPart] = {}
+        self._programs: dict[object, Program] = {}
         self._tuner = tuner or Tuner()
         self._no_bias = torch.zeros(spec.out_channels)
 
@@ -200,9 +202,18 @@ class TvmKernel:
         for part in parts:
             alike = self._packed.setdefault(part.program_key, part)
             if alike is part:
-                part.repack(index.numpy())
+                self._keep(part.program_key, part.repack(index.numpy()))
             else:
                 part.share(alike)
+
+    def _keep(self, key: object, program: object) -> None:
+        # A part holds what is in it anyway. Of programs of rows it holds a copy, and no gradient takes them.
+        if isinstance(program, Program):
+            self._programs[key] = program
+
+    def _program(self, key: object, index: Tensor) -> Program | None:
+        """The program of ``index`` that a part with this ``program_key`` runs, if there is one."""
+        return None if self._watch.moved(index) else self._programs.get(key)
 
     def _follow(self, index: Tensor) -> None:
         """The mask has moved: pack its programs anew for every shape seen; no code is compiled."""
@@ -214,6 +225,7 @@ class TvmKernel:
         if parts:
             begin = time.perf_counter()
             self._packed.clear()
+            self._programs.clear()
             self._pack(parts, index)
             spent = 1e3 * (time.perf_counter() - begin)
             counters = self.specialisations

@@ -18,6 +18,7 @@ from sift_compiler.lowering.tile import Tile
 from sift_compiler.runtimes.tvm import kernels
 from sift_compiler.runtimes.tvm.build import compiled
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
+from sift_compiler.runtimes.tvm.packed_mask import nothing
 from sift_compiler.runtimes.tvm.sampled_kernel import sampled_tile
 from sift_compiler.runtimes.tvm.workspace import scratch
 
@@ -46,16 +47,14 @@ class _Mask:
         padded = -(-counts // lanes) * lanes
         begin = np.cumsum(padded) - padded
         size = int(padded.sum()) + lanes
-        place = np.full(program.order.size, size - lanes, np.int32)
         kept = int(counts.sum())
-        shift = np.repeat(begin - (np.cumsum(counts) - counts), counts)
-        place[program.order[:kept]] = np.arange(kept) + shift
-        # One spare entry: TVM refuses the null pointer of an empty tensor.
-        stream, block_column, block_sum = (
-            torch.from_numpy(np.append(a, 0).astype(np.int32))
-            for a in (program.stream, program.block_column, begin[:: program.groups])
-        )
-        return cls(stream, block_column, block_sum, torch.from_numpy(place), size, int(padded.max(initial=lanes)))
+        shift = (begin - (np.cumsum(counts) - counts)).astype(np.int32)
+        sums = torch.from_numpy(np.arange(kept, dtype=np.int32) + np.repeat(shift, counts))
+        place = torch.full((program.order.size,), size - lanes, dtype=torch.int32)
+        place.index_copy_(0, torch.from_numpy(program.order[:kept]).long(), sums)
+        shared = (program.stream, program.block_column, begin[:: program.groups].astype(np.int32))
+        stream, block_column, block_sum = (torch.from_numpy(a) if a.size else nothing() for a in shared)
+        return cls(stream, block_column, block_sum, place, size, int(padded.max(initial=lanes)))
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,17 @@ class SampledPart:
 
     # --- the mask ---------------------------------------------------------------------------------------------------
 
-    def repack(self, entries: Tensor) -> None:
-        """Follow a mask: int32 [slots], the entry that each slot wants the gradient of, negative for none."""
-        self._mask = _Mask.of(self._packer.pack(entries), self.tile)
+    def repack(self, entries: Tensor, program: Program | None = None) -> None:
+        """Follow a mask: int32 [slots], the entry that each slot wants the gradient of, negative for none.
+
+        ``program`` is that of ``entries``, if another part with the same :attr:`program_key` has packed it.
+        """
+        self._mask = _Mask.of(program or self._packer.pack(entries), self.tile)
+
+    @property
+    def program_key(self) -> object:
+        """Equal for parts whose program of a mask is the same."""
+        return self._packer.key
 
     # --- running ----------------------------------------------------------------------------------------------------
 

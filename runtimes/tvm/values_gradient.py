@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from sift_compiler.ir.pattern import EMPTY, entry_of
 from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.program import Program
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn import reference
 from sift_compiler.runtimes.base import Specialisations
@@ -56,11 +58,15 @@ class ValuesGradient:
         threads: workers of the kernels.
         cpu: the processor to compile for.
         counters: what is counted here.
+        known: gives the program of a mask if the layer's own kernel has packed it, by what its order depends on and the index.
     """
 
-    def __init__(self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts, counters: Specialisations) -> None:
+    def __init__(
+        self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts, counters: Specialisations,
+        known: Callable[[object, Tensor], Program | None],
+    ) -> None:  # fmt: skip
         self._spec, self._name, self._threads, self._cpu, self._counters = spec, name, threads, cpu, counters
-        self._watch = MaskWatch()
+        self._known, self._watch = known, MaskWatch()
         self._shapes: dict[tuple[int, ...], tuple[_Stretch, ...]] = {}
         reason = dense_reason(spec)
         if reason is not None:
@@ -100,7 +106,7 @@ class ValuesGradient:
         for choice in choose(self._spec, shape, self._cpu, whole_vectors=True):
             part = SampledPart(self._spec, choice.tile, choice.count, size, self._cpu, self._threads)
             self._counters.builds += 1
-            part.repack(_entries(index))
+            self._repack(part, index)
             last = min(choice.first + choice.count, shape[0])
             step = self._items_at_once(part)
             stretches += [_Stretch(part, first, min(first + step, last)) for first in range(done, last, step)]
@@ -123,17 +129,19 @@ class ValuesGradient:
         if parts:
             begin = time.perf_counter()
             for part in parts.values():
-                part.repack(_entries(index))
+                self._repack(part, index)
             counters = self._counters
             counters.last_repack_ms = 1e3 * (time.perf_counter() - begin)
             counters.repack_ms += counters.last_repack_ms
             counters.repacks += 1
         self._watch.seen(index)
 
-
-def _entries(index: Tensor) -> Tensor:
-    """int32 [slots]: the entry whose gradient a slot gets, active or asleep; negative for empty slots."""
-    return entry_of(index).int() if bool((index < EMPTY).any()) else index
+    def _repack(self, part: SampledPart, index: Tensor) -> None:
+        if index.numel() and int(index.min()) < EMPTY:
+            # Slots that sleep get a gradient, too: another mask than the forward pass has.
+            part.repack(entry_of(index).int())
+        else:
+            part.repack(index, self._known(part.program_key, index))
 
 
 def _padded(purpose: str, tensor: Tensor, lanes: int) -> Tensor:

@@ -12,6 +12,7 @@ Backend-neutral and pure.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from torch import Tensor
 from sift_compiler.lowering.specification import LayerSpec
 
 Int32 = npt.NDArray[np.int32]
+
+_PIECE = 1 << 16
+"""Slots transposed in one go: what is made of them stays in the second-level cache."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +102,30 @@ class TransposedLayer:
 
     def index(self, index: Int32) -> Int32:
         """Where every slot's value lies in the transposed weight: int32 [slots] → int32 [slots], ``-1`` for slots outside the mask."""
+        if index.size and int(index.min()) < 0:
+            return np.where(index < 0, np.int32(-1), self.index(np.maximum(index, 0)))
+        of_row, of_column = self._offsets
+        made = np.empty(index.size, np.int32)
+        for first in range(0, index.size, _PIECE):
+            piece = index[first : first + _PIECE]
+            row = piece // np.int32(of_column.size)
+            column = piece - row * np.int32(of_column.size)
+            np.add(of_row[row], of_column[column], out=made[first : first + _PIECE])
+        return made
+
+    @functools.cached_property
+    def _offsets(self) -> tuple[Int32, Int32]:
+        """The place in the transposed weight is a sum: what a row of the weight adds [M], and what a column adds [C / groups · taps]."""
         layer, (vertical, horizontal) = self.layer, self._axes
-        inward, (height, width) = layer.weight_shape[1], layer.kernel_size
-        row, rest = np.divmod(index.astype(np.int64), inward * height * width)
-        channel, tap = np.divmod(rest, height * width)
-        group, row = np.divmod(row, layer.out_channels // layer.groups)
+        inward, outward = layer.weight_shape[1], layer.out_channels // max(1, layer.groups)
+        taps_there = vertical.taps * horizontal.taps
         phases, taps = self._tap_tables()
+        group, row = np.divmod(np.arange(layer.out_channels), max(1, outward))
+        channel, tap = np.divmod(np.arange(inward * phases.size), phases.size)
         # Rows of the derived weight: (group, phase, channel of the group).
-        out = (group * self._phases + phases[tap]) * inward + channel
-        at = (out * (layer.out_channels // layer.groups) + row) * (vertical.taps * horizontal.taps) + taps[tap]
-        return np.where(index < 0, -1, at).astype(np.int32)
+        of_row = (group * self._phases * inward * outward + row) * taps_there
+        of_column = (phases[tap] * inward + channel) * outward * taps_there + taps[tap]
+        return of_row.astype(np.int32), of_column.astype(np.int32)
 
     def _tap_tables(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Per tap of the layer: its phase among all phases, its tap in the derived kernel."""
