@@ -37,6 +37,7 @@ def output_shapes(graph_module: GraphModule) -> list[tuple[Any, ...]]:
 
 class _Propagation(fx.Interpreter):
     def run_node(self, n: Node) -> Any:
+        """The value of ``n`` on stand-ins, which its metadata keeps."""
         try:
             value = super().run_node(n)
         except Exception as error:

@@ -68,6 +68,7 @@ class SparseParallel(Pass):
         assert bias is None or isinstance(bias, nn.Parameter)
 
         def write(subgraph: Subgraph, x: Node) -> Node:
+            """The sum of the branches, then the bias, once."""
             total = None
             for name in names:
                 branch = apply_sigma(subgraph, sigma, name, subgraph.module(name, x))

@@ -12,6 +12,7 @@ from sift_compiler.passes.width_registry import register
 
 def _spatial(rank: int) -> Rule:
     def rule(context: WidthContext, node: Node) -> Widths:
+        """Batch and channels stay free, the last ``rank`` sizes do not."""
         widths = context.of(node.args[0])
         context.pin(widths[-rank:], f"{place(node)} changes it")
         return (*widths[:-rank], *context.result(node)[-rank:])

@@ -142,15 +142,23 @@ def check_optimized(layers: Mapping[str, SparseLayer], optimizer: Optimizer) -> 
         )
 
 
-def _check_unshared(layers: dict[str, SparseLayer]) -> None:
+def shared_values(layers: Mapping[str, SparseLayer]) -> tuple[str, str] | None:
+    """The names of the first two of ``layers`` that own the same values, if any do."""
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         other = owners.setdefault(id(layer.values), name)
         if other != name:
-            raise UnsupportedError(
-                f"The sparse layers {other!r} and {name!r} share their values; a mask can move only where every layer "
-                "has its own. Untie them before the rewrite, or train with sift.Static() and no scheduler."
-            )
+            return other, name
+    return None
+
+
+def _check_unshared(layers: Mapping[str, SparseLayer]) -> None:
+    shared = shared_values(layers)
+    if shared is not None:
+        raise UnsupportedError(
+            f"The sparse layers {shared[0]!r} and {shared[1]!r} share their values; a mask can move only where every layer "
+            "has its own. Untie them before the rewrite, or train with sift.Static() and no scheduler."
+        )
 
 
 def _hooks_in_graphs(module: nn.Module) -> dict[SparseLayer, MaskHook]:

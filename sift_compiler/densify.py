@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from sift_compiler.attachment import check_optimized, drop_hook, optimizer_inside, unwrapped
+from sift_compiler.attachment import check_optimized, drop_hook, optimizer_inside, shared_values, unwrapped
 from sift_compiler.errors import UnsupportedError, UserError
 from sift_compiler.ir import annotations as decided
 from sift_compiler.ir.mask_structure import UNSTRUCTURED
@@ -171,14 +171,12 @@ def _check_ending(module: nn.Module, ending: Sequence[MaskScheduler]) -> None:
 
 
 def _untied(layers: Mapping[str, SparseLayer]) -> list[SparseLayer]:
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        other = owners.setdefault(id(layer.values), name)
-        if other != name:
-            raise UnsupportedError(
-                f"The sparse layers {other!r} and {name!r} share their values, and would not as dense ones. Give each its own: "
-                "layer.values = nn.Parameter(layer.values.detach().clone())."
-            )
+    shared = shared_values(layers)
+    if shared is not None:
+        raise UnsupportedError(
+            f"The sparse layers {shared[0]!r} and {shared[1]!r} share their values, and would not as dense ones. Give each its own: "
+            "layer.values = nn.Parameter(layer.values.detach().clone())."
+        )
     return list(layers.values())
 
 

@@ -13,19 +13,20 @@ from typing import Any, Literal, TypeVar, get_args
 from sift_compiler.errors import UserError, unknown_name
 from sift_compiler.ir.mask_structure import UNSTRUCTURED, Structure
 
-Initialisation = Literal["paper", "sparse_aware", "default"]
-Decay = Literal["cosine", "linear", "exponential", "constant"]
-Attention = Literal["heads_fixed", "head_dim_fixed"]
-Groups = Literal["groups_fixed", "group_width_fixed"]
-Depthwise = Literal["sparse", "dense"]
-Distribution = Literal["uniform", "er", "erk"]
-Sigma = Literal["bn_relu", "relu", "gelu", "identity"]
-Tune = Literal["off", "quick", "full"]
-TUNING: tuple[Tune, ...] = ("off", "quick", "full")
-INITIALISATIONS: tuple[Initialisation, ...] = ("paper", "sparse_aware", "default")
-DISTRIBUTIONS: tuple[Distribution, ...] = ("uniform", "er", "erk")
-DECAYS: tuple[Decay, ...] = ("cosine", "linear", "exponential", "constant")
-SIGMAS: tuple[Sigma, ...] = ("bn_relu", "relu", "gelu", "identity")
+# "as" makes them names of this module, too: who has options to type needs no second import.
+from sift_compiler.option_values import DECAYS as DECAYS
+from sift_compiler.option_values import DISTRIBUTIONS as DISTRIBUTIONS
+from sift_compiler.option_values import INITIALISATIONS as INITIALISATIONS
+from sift_compiler.option_values import SIGMAS as SIGMAS
+from sift_compiler.option_values import TUNING as TUNING
+from sift_compiler.option_values import Attention as Attention
+from sift_compiler.option_values import Decay as Decay
+from sift_compiler.option_values import Depthwise as Depthwise
+from sift_compiler.option_values import Distribution as Distribution
+from sift_compiler.option_values import Groups as Groups
+from sift_compiler.option_values import Initialisation as Initialisation
+from sift_compiler.option_values import Sigma as Sigma
+from sift_compiler.option_values import Tune as Tune
 
 _Options = TypeVar("_Options")
 

@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_kernel_cache() -> Iterator[None]:
-    """Tests, and what they start, neither find the user's compiled kernels nor leave any."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIFT_CACHE_DIR", folder)
-        yield
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests, and what they start, neither find the user's compiled kernels nor leave any; those of all workers of a run are shared."""
+    if hasattr(config, "workerinput"):
+        return  # a worker of xdist: it has the environment of the process that started it
+    folder, patch = tempfile.TemporaryDirectory(), pytest.MonkeyPatch()
+    config.add_cleanup(folder.cleanup)
+    config.add_cleanup(patch.undo)
+    patch.setenv("SIFT_CACHE_DIR", folder.name)
+
+
+@pytest.fixture(scope="session")
+def start_ranks() -> Callable[..., None]:
+    """``start_ranks(work, count, *arguments)`` runs ``work(rank, *arguments)`` in processes of their own and waits for all.
+
+    They are forks of one process that has imported what takes seconds and done nothing else.
+    """
+    import torch.multiprocessing
+
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "sift_compiler.dynamo"])
+
+    def start(work: Callable[..., None], count: int, *arguments: object) -> None:
+        torch.multiprocessing.start_processes(work, args=arguments, nprocs=count, start_method="forkserver")
+
+    return start
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing is compiled yet and all of Dynamo's counters are 0; nothing stays compiled."""
+    import torch._dynamo.utils
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 def _example(name: str) -> types.ModuleType:

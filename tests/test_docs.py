@@ -16,6 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 COMMAND = re.compile(r"^\s+sift (.*)$", re.MULTILINE)
+SCRIPT = re.compile(r"^\s+(?:python|torchrun\b.*) ((?:benchmarks|examples)/\S+\.py)((?:.*\\\n)*.*)$", re.MULTILINE)
 
 
 def named(page: Path) -> str:
@@ -54,6 +55,14 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         command = commands[words[0]]
         known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
         assert {word for word in words if word.startswith("--")} <= known, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_scripts_and_their_options_exist(page: Path) -> None:
+    for name, rest in SCRIPT.findall(page.read_text(encoding="utf-8")):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        for option in re.findall(r"(?<!\S)--[a-z-]+", re.sub(r"#.*", "", rest)):
+            assert f'"{option}"' in source, f"{name} {option}"
 
 
 def test_make_targets_of_the_readme_exist() -> None:

@@ -12,6 +12,7 @@ from sift_compiler.nn import SparseConv2d, SparseLinear
 from sift_compiler.runtimes.tvm import build
 
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def network() -> nn.Module:
@@ -20,14 +21,6 @@ def network() -> nn.Module:
         SparseConv2d(3, 12, 3, stride=2, padding=1, sparsity=0.5, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), SparseLinear(12, 5, sparsity=0.5),
     ).eval()  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_functions_keep_their_names_when_their_modules_are_loaded() -> None:
 
 def test_import_loads_nothing_heavy() -> None:
     assert python("import sift_compiler, sys; print('torch' in sys.modules)") == "False"
+    assert python("import sift_compiler.cli, sys; print('torch' in sys.modules)") == "False"
     code = (
         "import sift_compiler as sift, sys\n"
         "[getattr(sift, name) for name in sift.__all__]\n"
@@ -84,6 +85,16 @@ def test_import_loads_nothing_heavy() -> None:
         "print([name for name in heavy if name in sys.modules])"
     )
     assert python(code) == "[]"
+
+
+def test_doctor_runs_where_torch_does_not() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from sift_compiler.commands.doctor import examine\n"
+        "import sift_compiler.cli\n"
+        "print(next(check.ok for check in examine() if check.name == 'torch'))"
+    )
+    assert python(code) == "False"
 
 
 def test_torch_finds_the_backend_by_its_name() -> None:

@@ -4,7 +4,6 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,8 +47,8 @@ def work(rank, world, folder):
     dist.destroy_process_group()
 
 
-def test_two_ranks_agree_with_each_other_and_with_one_process(tmp_path):
-    mp.spawn(work, args=(2, str(tmp_path)), nprocs=2)
+def test_two_ranks_agree_with_each_other_and_with_one_process(tmp_path, start_ranks):
+    start_ranks(work, 2, 2, str(tmp_path))
     (first, updates, skipped), (second, updates_2, skipped_2) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert updates == updates_2
     assert [update["step"] for update in updates] == [0, 1, 3]

@@ -24,7 +24,7 @@ import torch
 from sift_compiler.lowering.candidates import candidates
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.epilogue import PLAIN
-from sift_compiler.lowering.plan import Choice
+from sift_compiler.lowering.plan import Choice, Timing
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.lowering.tile import Tile
 from sift_compiler.lowering.tuning_key import tuning_key
@@ -48,16 +48,8 @@ _WORTH = 0.98
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """A candidate and its time per image or token."""
-
-    tile: Tile
-    microseconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What was measured for one part of a layer. The first timing is that of the rules' tile."""
+    """What was measured for one part of a layer, per image or token. The first timing is that of the rules' tile."""
 
     level: Tune
     tile: Tile
@@ -66,6 +58,10 @@ class Tuned:
     def microseconds(self, count: int) -> float:
         """What the chosen tile takes for ``count`` images or tokens."""
         return count * next(timing.microseconds for timing in self.timings if timing.tile == self.tile)
+
+    def timings_of(self, count: int) -> tuple[Timing, ...]:
+        """All timings, for ``count`` images or tokens."""
+        return tuple(Timing(tile=each.tile, microseconds=count * each.microseconds) for each in self.timings)
 
     def reason(self, count: int) -> str:
         """Why this tile, in words, with times for ``count`` images or tokens."""
@@ -128,8 +124,9 @@ class Tuner:
         if tuned is None:
             return choice
         return dataclasses.replace(
-            choice, tile=tuned.tile, reason=tuned.reason(choice.count), microseconds=tuned.microseconds(choice.count)
-        )
+            choice, tile=tuned.tile, reason=tuned.reason(choice.count), microseconds=tuned.microseconds(choice.count),
+            timings=tuned.timings_of(choice.count),
+        )  # fmt: skip
 
     def look_up(
         self, spec: LayerSpec, choice: Choice, size: tuple[int, int], index: npt.NDArray[np.int32], cpu: CpuFacts,

@@ -22,6 +22,8 @@ ReportFile = Annotated[
     typer.Option("--report", help="Where the report goes: .html one page that needs no other file, .json or .txt."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+STRUCTURE_FORMS = "unstructured, nm:N:M, transposable:N:M, block:ROWS:COLUMNS, constant-fan-in or channel"
+"""How the structure of a mask is written."""
 
 
 def names(known: Iterable[str]) -> str:

@@ -175,6 +175,7 @@ def _summary(
 
 def _in_process(name: str, compiled: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Engine:
     def run() -> tuple[float, float]:
+        """Milliseconds of one run, wall and processor time."""
         begin, spent = time.perf_counter(), time.process_time()
         compiled(*inputs)
         return 1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - spent)

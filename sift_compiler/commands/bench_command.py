@@ -28,7 +28,10 @@ def bench(
     peer_python: Annotated[list[str] | None, typer.Option(help="NAME=PATH: the Python that has an engine. Repeatable.")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Time MODEL on sparse code beside other engines that get the same weights in dense layers, turn by turn."""
+    """Time MODEL on sparse code beside other engines.
+
+    They get the same weights in dense layers and run turn by turn.
+    """
     with busy("Measuring"):
         import torch
 

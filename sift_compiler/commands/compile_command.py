@@ -10,7 +10,7 @@ import typer
 from sift_compiler.commands.arguments import Input, Json, Model, threads_of
 from sift_compiler.commands.console import busy, show_table
 from sift_compiler.errors import unknown_name
-from sift_compiler.options import TUNING
+from sift_compiler.option_values import TUNING
 
 
 def compile_(
@@ -20,7 +20,10 @@ def compile_(
     threads: Annotated[int | None, typer.Option(help="Threads of the kernels, which measured tiles hold for; torch's own choice without it.")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Compile MODEL for inference on these inputs and keep its code and tiles on this machine: whoever runs it next waits less."""
+    """Compile MODEL for inference on this machine.
+
+    Its code and measured tiles are kept on disk: whoever runs it next on inputs of these shapes waits less.
+    """
     if tune not in TUNING:
         raise unknown_name("--tune", tune, TUNING)
     with busy("Compiling"):

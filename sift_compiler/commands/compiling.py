@@ -12,15 +12,20 @@ import torch
 from torch import nn
 
 from sift_compiler import dynamo
+from sift_compiler.commands.tile_candidates import Candidate, candidates_of
 from sift_compiler.errors import UserError
 from sift_compiler.options import Tune
+from sift_compiler.runtimes.base import LiveKernel
 from sift_compiler.runtimes.cache import default_folder
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCode:
-    """One call of a sparse layer, for one input shape. A refused call has a reason and no tile."""
+    """One call of a sparse layer, or of a dense first convolution that runs on the same kernels, for one input shape.
+
+    A refused call has a reason and no tile.
+    """
 
     path: str
     input_shape: tuple[int, ...]
@@ -31,11 +36,16 @@ class LayerCode:
     """What the tiles took when they were measured, input packed beforehand; None where a part was never measured."""
     reason: str
     """Why this tile, or why the call is refused."""
+    dense: bool = False
+    """Whether the layer keeps every weight."""
+    candidates: tuple[Candidate, ...] = ()
+    """Tiles that come into question, with the times of those that were measured."""
 
     def row(self) -> tuple[str, str, str, str, str]:
         """Everything, as text."""
         took = "-" if self.microseconds is None else f"{self.microseconds:.0f}"
-        return self.path, "x".join(map(str, self.input_shape)), self.tile, took, self.reason
+        why = f"dense, on the kernels of the sparse layers; {self.reason}" if self.dense else self.reason
+        return self.path, "x".join(map(str, self.input_shape)), self.tile, took, why
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class CompiledModel:
         tune: the level of measuring.
         threads: workers of the kernels; measured tiles hold for this number.
         rest: who runs the rest of each graph.
-        layers: calls of sparse layers, in the order of each graph; those that were refused last.
+        layers: in the order of each graph, dense first convolutions before sparse layers; those that were refused last.
     """
 
     folder: str
@@ -80,7 +90,7 @@ def compile_model(model: nn.Module, inputs: tuple[Any, ...], *, tune: Tune, thre
         run(*inputs)
         made = [each for each in dynamo.compilations() if each not in before]
     layers = tuple(code for each in made for code in _layers(each))
-    if not layers:
+    if all(code.dense for code in layers):
         raise UserError(
             "Only sparse layers have code to compile, and this model calls none. Make one: sift rewrite MODEL --out FILE.pt2."
         )
@@ -99,13 +109,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(compilation: dynamo.Compilation) -> Iterator[LayerCode]:
+    for first in compilation.first:
+        yield from _codes(first.kernel, dense=True)
     for kernel in compilation.kernels:
-        if not isinstance(kernel, TvmKernel):
-            continue
-        for plan in kernel.plans:
-            yield LayerCode(
-                path=kernel.name, input_shape=plan.input_shape, tile=" + ".join(str(part.tile) for part in plan.parts),
-                microseconds=plan.microseconds, reason=plan.reason,
-            )  # fmt: skip
+        yield from _codes(kernel, dense=False)
     for path, reason in compilation.refused:
         yield LayerCode(path=path, input_shape=(), tile="", microseconds=None, reason=reason)
+
+
+def _codes(kernel: LiveKernel, dense: bool) -> Iterator[LayerCode]:
+    """One for every input shape that ``kernel`` saw."""
+    if not isinstance(kernel, TvmKernel):
+        return
+    for plan in kernel.plans:
+        yield LayerCode(
+            path=kernel.name, input_shape=plan.input_shape, tile=" + ".join(str(part.tile) for part in plan.parts),
+            microseconds=plan.microseconds, reason=plan.reason, dense=dense, candidates=candidates_of(plan, kernel.cpu),
+        )  # fmt: skip

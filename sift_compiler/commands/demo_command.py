@@ -27,7 +27,10 @@ def demo(
     threads: Annotated[int | None, typer.Option(help="Threads of torch and of the sparse kernels.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a dense network and its sparse versions, and compare accuracy, time and memory."""
+    """Train a network dense and sparse, and compare.
+
+    Accuracy, time and memory, as a table, a figure and a report.
+    """
     from sift_compiler.demo.options import DemoOptions
     from sift_compiler.demo.run import run
 

@@ -12,7 +12,10 @@ from sift_compiler.commands.console import busy
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: packages, processor, C++ compiler, caches, threads. Exit code 1 if something essential is missing."""
+    """Check that this machine has what sift needs.
+
+    Packages, processor, C++ compiler, caches, threads. Exit code 1 if something essential is missing.
+    """
     with busy("Looking"):
         from sift_compiler.commands.doctor import examine, healthy
 

@@ -14,6 +14,7 @@ from sift_compiler.commands.console import busy, show_table, tell_report
 if TYPE_CHECKING:
     from sift_compiler.commands.inspection import Inspection
     from sift_compiler.commands.mask_history import MaskHistory
+    from sift_compiler.commands.tile_candidates import Candidate
     from sift_compiler.commands.timing import LayerTime
 
 
@@ -25,7 +26,11 @@ def inspect(
     report: ReportFile = None,
     as_json: Json = False,
 ) -> None:
-    """Show the layers of MODEL, dense or sparse: sizes, sparsity, FLOPs; with --times also tiles, times and break-even."""
+    """Show the layers of MODEL, dense or sparse.
+
+    Their sizes, sparsity and FLOPs; with --times also tiles, candidates, times, share of the peak and break-even. MODEL may also be the
+    report of a sift.Recorder (.json, .jsonl): then how its masks moved.
+    """
     from sift_compiler.commands.mask_history import is_mask_report, read_report, saved_history
 
     if is_mask_report(model):
@@ -102,6 +107,18 @@ def _show_times(timed: tuple[LayerTime, ...]) -> None:
     show_table(
         ("layer", "input", "tile", "µs", "of peak", "dense µs", "break-even", "why"), [_row(each) for each in timed]
     )
+    measured = [(layer, each) for layer in timed for each in layer.candidates if each.microseconds is not None]
+    if measured:
+        typer.echo("\nTiles that were measured, input packed beforehand:")
+        show_table(("layer", "images", "tile", "µs", "taken"), [_candidate_row(*each) for each in measured])
+    elif any(layer.candidates for layer in timed):
+        typer.echo("\nNo other tile of these layers was measured here; sift compile --tune quick does that.")
+
+
+def _candidate_row(layer: LayerTime, candidate: Candidate) -> tuple[str, ...]:
+    first, count = candidate.images
+    images = f"{first} to {first + count - 1}{', side by side' if candidate.side_by_side else ''}"
+    return layer.path, images, candidate.tile, f"{candidate.microseconds:.1f}", "yes" if candidate.taken else ""
 
 
 def _row(layer: LayerTime) -> tuple[str, ...]:

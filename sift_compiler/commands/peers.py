@@ -94,6 +94,7 @@ def started(name: str, python: str | None, model: Path, inputs: tuple[Tensor, ..
                 )
 
             def run() -> tuple[float, float]:
+                """Milliseconds of one run, wall and processor time."""
                 assert process.stdin is not None
                 _signal(process, "SIGCONT")
                 process.stdin.write("run\n")

@@ -5,39 +5,38 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from sift_compiler.commands.arguments import Input, Json, Model, ReportFile, names
+from sift_compiler.commands.arguments import STRUCTURE_FORMS, Input, Json, Model, ReportFile, names
 from sift_compiler.commands.console import busy, show_table, tell_report
-from sift_compiler.commands.transform_options import STRUCTURES, transform_of
 from sift_compiler.errors import UserError
-from sift_compiler.options import (
+from sift_compiler.option_values import (
     DISTRIBUTIONS,
     INITIALISATIONS,
     SIGMAS,
-    TRANSFORMATIONS,
+    TRANSFORMATION_NAMES,
     Attention,
     Depthwise,
     Groups,
-    Transformation,
 )
 
-_Transform = Transformation | dict[str, Transformation | None]
+if TYPE_CHECKING:
+    from sift_compiler.options import Transformation
 
 
 def rewrite(
     model: Model,
     sparsity: Annotated[float, typer.Option(help="Share of weights removed, in [0, 1); it sets how much wider or deeper layers become.")],
     input_: Input = None,
-    transform: Annotated[str | None, typer.Option(help=f"One of {names(TRANSFORMATIONS)}; wide by default. With --member: of the layers no member names, which else stay as they are.")] = None,
+    transform: Annotated[str | None, typer.Option(help=f"One of {names(TRANSFORMATION_NAMES)}; wide by default. With --member: of the layers no member names, which else stay as they are.")] = None,
     member: Annotated[list[str] | None, typer.Option(help="PATTERN=NAME[,option=value...]: the transformation of some layers by module path, or dense, e.g. 'layer1.*=parallel,sparsity=0.75,sigma=relu'. The first that fits has a layer. Repeatable.")] = None,
     dense: Annotated[list[str] | None, typer.Option(help="Layers that stay dense, e.g. 'layer1.*'. Repeatable.")] = None,
     init: Annotated[str | None, typer.Option(help=f"New weights: {names(INITIALISATIONS)}; paper by default. sparse_aware counts kept connections.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of masks and new weights.")] = 0,
     distribution: Annotated[str | None, typer.Option(help=f"How densities differ between layers: {names(DISTRIBUTIONS)}, or sparsities by pattern: 'block1.*=0.9,block2.*=0.5'. Not of low-rank.")] = None,
-    structure: Annotated[str | None, typer.Option(help=f"What masks look like: {STRUCTURES}. Not of low-rank.")] = None,
+    structure: Annotated[str | None, typer.Option(help=f"What masks look like: {STRUCTURE_FORMS}. Not of low-rank.")] = None,
     sigma: Annotated[str | None, typer.Option(help=f"Non-linearity inside: {names(SIGMAS)}. Not of wide.")] = None,
     round_to: Annotated[int | None, typer.Option(help="Widths are multiples of this, 8 by default; 1 rounds down. wide, low-rank.")] = None,
     pin: Annotated[list[str] | None, typer.Option(help="Modules or nodes whose sizes stay. Repeatable. wide, low-rank.")] = None,
@@ -50,6 +49,8 @@ def rewrite(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Make MODEL an iso-FLOP sparse one and show what changed."""
+    from sift_compiler.commands.transform_options import transform_of
+
     options = transform_of(transform, member or (), {
         "sparsity": sparsity, "dense": tuple(dense or ()), "init": init, "seed": seed, "distribution": distribution, "structure": structure,
         "sigma": sigma, "round_to": round_to, "pin": tuple(pin) if pin else None, "attention": attention, "depthwise": depthwise,
@@ -89,7 +90,9 @@ def rewrite(
         tell_report(report)
 
 
-def _show_plan(model: str, given: Sequence[str] | None, transformation: _Transform, as_json: bool) -> None:
+def _show_plan(
+    model: str, given: Sequence[str] | None, transformation: Transformation | dict[str, Transformation | None], as_json: bool
+) -> None:  # fmt: skip
     with busy("Planning"):
         from sift_compiler.commands.input_spec import inputs_of
         from sift_compiler.commands.model_source import find_model

@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sift_compiler.commands.tile_candidates import Candidate, candidates_of
 from sift_compiler.errors import UserError
+from sift_compiler.lowering.plan import LayerPlan
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn import SparseConv2d
 from sift_compiler.nn.layer import SparseLayer
 from sift_compiler.runtimes.pruned import break_even
+from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.peak import peak_loop
 from sift_compiler.runtimes.tvm.runtime import TvmRuntime
 
@@ -41,6 +44,8 @@ class LayerTime:
     """Median of torch's dense layer."""
     break_even: float | None = None
     """Sparsity at which sparse code would take as long as dense, if its time is proportional to kept weights."""
+    candidates: tuple[Candidate, ...] = ()
+    """Tiles that come into question, with the times that ``sift compile`` measured; those for images side by side come last."""
 
     def to_plain(self) -> dict[str, Any]:
         """Everything, as plain data."""
@@ -95,7 +100,8 @@ def _layer_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[tuple[str, 
     return list(seen.values())
 
 
-def _specification(layer: SparseLayer, x: Tensor) -> LayerSpec:
+def specification(layer: SparseLayer, x: Tensor) -> LayerSpec:
+    """What a runtime has to know of ``layer`` when it gets ``x``."""
     geometry: dict[str, Any] = {}
     if isinstance(layer, SparseConv2d):
         geometry = {
@@ -113,7 +119,7 @@ def _specification(layer: SparseLayer, x: Tensor) -> LayerSpec:
 
 @torch.no_grad()
 def _time_layer(path: str, layer: SparseLayer, x: Tensor, threads: int, rounds: int) -> LayerTime:
-    spec, runtime = _specification(layer, x), TvmRuntime()
+    spec, runtime = specification(layer, x), TvmRuntime()
     known: dict[str, Any] = {"path": path, "sparsity": layer.sparsity, "input_shape": tuple(x.shape)}
     refusal = runtime.refuse(spec, str(x.device))
     if refusal is not None:
@@ -136,8 +142,17 @@ def _time_layer(path: str, layer: SparseLayer, x: Tensor, threads: int, rounds: 
     return LayerTime(
         **known, tile=" + ".join(str(part.tile) for part in plan.parts), reason=plan.reason,
         microseconds=1e6 * times[1], of_peak=flops / times[1] / (peak_flops / times[0]), dense_microseconds=1e6 * times[2],
-        break_even=break_even(layer.sparsity, times[1], times[2]),
+        break_even=break_even(layer.sparsity, times[1], times[2]), candidates=_candidates(kernel, plan, layer.index),
     )  # fmt: skip
+
+
+def _candidates(kernel: TvmKernel, plan: LayerPlan, index: Tensor) -> tuple[Candidate, ...]:
+    """Those of ``plan``, and those that a compiled network has where images lie side by side: there they are measured apart."""
+    made, lanes = candidates_of(plan, kernel.cpu), kernel.cpu.lanes
+    images, *shape = plan.input_shape
+    if kernel.spec.kind == "conv2d" and images % lanes == 0:
+        made += candidates_of(kernel.plan((images // lanes, *shape, lanes), index), kernel.cpu)
+    return made
 
 
 def _medians(runs: tuple[Callable[[], object], ...], rounds: int, one_thread: bool) -> list[float]:

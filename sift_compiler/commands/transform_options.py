@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sift_compiler.commands.arguments import STRUCTURE_FORMS
 from sift_compiler.errors import UserError, unknown_name
 from sift_compiler.ir.mask_structure import NM, UNSTRUCTURED, Block, Channel, ConstantFanIn, Structure, TransposableNM
 from sift_compiler.options import DISTRIBUTIONS, TRANSFORMATIONS, Transformation, from_mapping
@@ -27,7 +28,6 @@ _STRUCTURES: Mapping[str, tuple[type[Structure], int]] = {
     "constant-fan-in": (ConstantFanIn, 0),
     "channel": (Channel, 0),
 }
-STRUCTURES = "unstructured, nm:N:M, transposable:N:M, block:ROWS:COLUMNS, constant-fan-in or channel"
 """Every structure as it is written on the command line."""
 
 _SHARED = ("seed", "init", "dense")
@@ -148,7 +148,7 @@ def structure_of(text: str) -> Structure:
         raise unknown_name("structure", text, ["unstructured", *_STRUCTURES])
     kind, count = _STRUCTURES[name]
     if len(sizes) != count or not all(size.strip().isdecimal() for size in sizes):
-        raise UserError(f"structure {text!r} is not understood. Expected is {STRUCTURES}.")
+        raise UserError(f"structure {text!r} is not understood. Expected is {STRUCTURE_FORMS}.")
     return kind(*(int(size) for size in sizes))
 
 

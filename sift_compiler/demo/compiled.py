@@ -74,6 +74,7 @@ class CompiledSparse:
         compiled = torch.compile(self.module, backend="sift", dynamic=False, options=options)
 
         def call(x: Tensor) -> Tensor:
+            """As ``compiled``; what the backend makes for it is remembered."""
             known = set(dynamo.compilations())
             y = compiled(x)
             self._made += set(dynamo.compilations()) - known

@@ -42,6 +42,7 @@ def activation_memory(module: nn.Module, inputs: Inputs) -> ActivationMemory:
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
+        """Remember what autograd saves, by storage."""
         storage = tensor.untyped_storage()
         # The storage itself is held: an address is unique only while what it points to lives.
         kept[storage._cdata] = storage

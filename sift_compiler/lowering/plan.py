@@ -9,6 +9,14 @@ from sift_compiler.lowering.tile import Tile
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timing:
+    """A tile that was measured, and its time; see :class:`Choice` and runtimes.tvm.tune for how many images (tokens)."""
+
+    tile: Tile
+    microseconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """A tile, the part of the batch it computes, and why it was taken."""
 
@@ -20,6 +28,8 @@ class Choice:
     reason: str
     microseconds: float | None = None
     """What its kernel takes on inputs packed beforehand, if tiles were measured."""
+    timings: tuple[Timing, ...] = ()
+    """The tiles that were measured, the rules' first, with times for ``count`` images (tokens); empty if none were."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,6 +227,7 @@ def _register_autocast(device: str) -> None:
     key = getattr(torch._C.DispatchKey, name)
 
     def run(operator: Any, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        """``operator`` on tensors in the autocast dtype."""
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             result: Tensor = operator(_cast(x, dtype), _cast(values, dtype), index, _cast(bias, dtype), *rest)

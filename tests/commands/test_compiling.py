@@ -46,6 +46,11 @@ def test_the_command_measures_and_the_next_process_compiles_nothing(tmp_path: Pa
     for layer in made["layers"]:
         assert layer["microseconds"] > 0
         assert "measured" in layer["reason"]
+        taken = [each for each in layer["candidates"] if each["taken"]]
+        assert [each["tile"] for each in taken] == [layer["tile"]]
+        assert taken[0]["microseconds"] == pytest.approx(layer["microseconds"])
+        assert len(layer["candidates"]) == 2
+    assert [layer["dense"] for layer in made["layers"]] == [True, *[False] * (len(made["layers"]) - 1)]
     assert list((tmp_path / "kept").rglob("*.tile"))
 
     def never(*_: object, **__: object) -> None:
@@ -57,6 +62,7 @@ def test_the_command_measures_and_the_next_process_compiles_nothing(tmp_path: Pa
     monkeypatch.setattr(tune, "measure", never)
     second = CliRunner().invoke(app, [*arguments, "--tune", "off"])
     assert second.exit_code == 0, second.output
+    assert "dense, on the kernels of the sparse layers" in second.stdout
     for layer in made["layers"]:
         assert layer["path"] in second.stdout
         assert layer["tile"] in second.stdout

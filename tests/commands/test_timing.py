@@ -12,9 +12,18 @@ from typer.testing import CliRunner
 
 import sift_compiler as sift
 from sift_compiler.cli import app
-from sift_compiler.commands.timing import time_layers
+from sift_compiler.commands.tile_candidates import candidates_of
+from sift_compiler.commands.timing import specification, time_layers
 from sift_compiler.errors import UserError
+from sift_compiler.lowering.candidates import candidates
+from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.plan import LayerPlan, Timing
+from sift_compiler.options import Tune
 from sift_compiler.runtimes.pruned import break_even
+from sift_compiler.runtimes.tvm import tune
+from sift_compiler.runtimes.tvm.runtime import TvmRuntime
+from sift_compiler.runtimes.tvm.target import host_cpu
+from sift_compiler.runtimes.tvm.tune import Tuned
 
 
 def model() -> nn.Sequential:
@@ -41,6 +50,54 @@ def test_every_sparse_layer_is_timed_on_its_own_input():
     assert made.training
     assert torch.equal(made[1].running_mean, before), "nothing was trained"
     assert not made[2]._forward_pre_hooks
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Measurements of a machine where the second candidate takes half as long as all others."""
+    monkeypatch.setenv("SIFT_CACHE_DIR", str(tmp_path))
+
+    def measure(spec, choice, size, index, cpu, threads, level, side_by_side=False):
+        tiles = candidates(spec, choice, size, cpu, level)
+        times = [10.0, 5.0, *(10.0 for _ in tiles[2:])]
+        timings = tuple(Timing(tile=tile, microseconds=time) for tile, time in zip(tiles, times, strict=True))
+        return Tuned(level=level, tile=tiles[1], timings=timings)
+
+    monkeypatch.setattr(tune, "measure", measure)
+
+
+def plan_of(layer: sift.nn.SparseConv2d, shape: tuple[int, ...], level: Tune) -> tuple[LayerPlan, CpuFacts]:
+    kernel = TvmRuntime().build(specification(layer, torch.empty(0)), "layer", 1, tune=level)
+    return kernel.plan(shape, layer.index), kernel.cpu
+
+
+def test_candidates_are_those_measured_or_those_that_would_be(measured):
+    layer, shape = model()[2], (35, 8, 8, 8)
+    plan, cpu = plan_of(layer, shape, "off")
+    before = candidates_of(plan, cpu)
+    assert all(each.microseconds is None for each in before)
+    plan, cpu = plan_of(layer, shape, "quick")
+    after = candidates_of(plan, cpu)
+    assert {(each.images, each.tile) for each in after} == {(each.images, each.tile) for each in before}
+    assert {each.images for each in after} == {(part.first, part.count) for part in plan.parts}
+    for each in after:
+        assert each.microseconds == pytest.approx((5 if each.taken else 10) * each.images[1])
+        assert not each.side_by_side
+    taken = [each for each in after if each.taken]
+    assert [each.tile for each in taken] == [str(part.tile) for part in plan.parts]
+    assert sum(each.microseconds for each in taken) == pytest.approx(plan.microseconds)
+
+
+def test_what_was_measured_for_images_side_by_side_is_shown(measured):
+    layer, lanes = model()[2], host_cpu().lanes
+    plan, _ = plan_of(layer, (2, 8, 8, 8, lanes), "quick")
+    (time,) = time_layers(nn.Sequential(layer), (torch.randn(2 * lanes, 8, 8, 8),), threads=1, rounds=1)
+    apart = [each for each in time.candidates if each.side_by_side]
+    assert [each.tile for each in apart if each.taken] == [str(plan.tile)]
+    assert all(each.microseconds and each.images == (0, 2 * lanes) for each in apart)
+    alone = [each for each in time.candidates if not each.side_by_side]
+    assert [each.tile for each in alone if each.taken] == [time.tile]
+    assert all(each.microseconds is None for each in alone), "nobody measured those"
 
 
 def test_break_even():

@@ -17,6 +17,7 @@ from sift_compiler.cli import app
 from sift_compiler.commands.transform_options import structure_of, transform_of
 from sift_compiler.errors import UserError
 from sift_compiler.ir.mask_structure import UNSTRUCTURED
+from sift_compiler.option_values import TRANSFORMATION_NAMES
 from sift_compiler.options import TRANSFORMATIONS
 
 MODEL = """
@@ -61,6 +62,10 @@ def planned(model: str, *arguments: str) -> dict[str, dict[str, object]]:
     result = sift_rewrite(model, "--dry-run", "--json", *arguments)
     assert result.exit_code == 0, result.output
     return {layer["path"]: layer for layer in json.loads(result.stdout)["layers"]}
+
+
+def test_the_names_that_help_tells_are_those_there_are() -> None:
+    assert tuple(TRANSFORMATIONS) == TRANSFORMATION_NAMES
 
 
 def test_every_field_of_every_transformation_has_an_option():

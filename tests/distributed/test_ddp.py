@@ -11,7 +11,6 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -256,9 +255,9 @@ def work(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, start_ranks):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(str(folder),), nprocs=2)
+    start_ranks(work, 2, str(folder))
     found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     for rank, each in enumerate(found):
         each["sharded"]["saved"] = sift.load(folder / f"{rank}.pt2")

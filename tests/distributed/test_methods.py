@@ -10,7 +10,6 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -82,10 +81,10 @@ def work(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, start_ranks):
     """What each of four processes found: as four, and as two pairs that know nothing of each other."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(str(folder),), nprocs=4)
+    start_ranks(work, 4, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 

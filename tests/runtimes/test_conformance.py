@@ -19,7 +19,6 @@ from sift_compiler.runtimes import registry
 from sift_compiler.runtimes.base import LiveKernel
 
 TOLERANCE = 1e-5
-RUNTIMES = registry.names()
 
 
 @dataclass
@@ -68,16 +67,6 @@ def layer(mask: Tensor, *, bias: bool = True, kind: str = "conv2d", **geometry: 
     index = kept[torch.randperm(len(kept))].int()
     spec = LayerSpec(kind=kind, weight_shape=tuple(mask.shape), nnz=len(index), bias=bias, **geometry)  # type: ignore[arg-type]
     return Layer(spec, torch.randn(len(index)), index, torch.randn(mask.shape[0]) if bias else None)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=RUNTIMES)
-def runtime(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 15, 16, 17, 33])

@@ -50,16 +50,6 @@ def error(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).abs().max() / expected.abs().max())
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=registry.names())
-def runtime(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.mark.parametrize(
     ("kind", "activation"), [*(("linear", name) for name in ACTIVATIONS), ("conv2d", "gelu"), ("conv2d", "hard_swish")]
 )

@@ -95,16 +95,6 @@ def make(runtime: str, shape: tuple[int, ...], sparsity: float = 0.7, threads: i
     return Layer(spec, torch.randn(len(index)), index, registry.get(runtime).build(spec, "layer", threads))
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=registry.names())
-def runtime(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.mark.parametrize("batch", [1, 15, 16, 17])
 def test_any_batch(runtime: str, batch: int) -> None:
     make(runtime, (13, 10, 3, 3), padding=(1, 1)).check(batch, 10, 9, 11)
