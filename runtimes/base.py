@@ -10,6 +10,7 @@ from torch import Tensor
 from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn.fused import NOTHING, Finish
+from sift_compiler.nn.image_vectors import Pool
 from sift_compiler.options import Tune
 
 
@@ -36,6 +37,15 @@ class LiveKernel(Protocol):
     spec: LayerSpec
     specialisations: Specialisations
 
+    def prepare(self, input_shape: tuple[int, ...], index: Tensor | None) -> None:
+        """Do before the first input of ``input_shape`` what would else be done when it comes; any thread may ask.
+
+        ``index`` is the layer's mask, None if it is not known yet. Doing nothing is right, too.
+
+        Raises:
+            RuntimeBuildError: the kernel cannot be compiled.
+        """
+
     def __call__(
         self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish = NOTHING
     ) -> Tensor:
@@ -54,13 +64,23 @@ class Runtime(Protocol):
     def image_lanes(self) -> int:
         """Images in a vector of its kernels for convolutions between convolutions (see nn.image_vectors); 0 if it has none."""
 
+    def pool(self, threads: int) -> Pool | None:
+        """A kernel for max pooling of float32 on the CPU in either layout, None if it has none."""
+
     def refuse(self, spec: LayerSpec, device: str) -> str | None:
         """Why this runtime does not take the layer on this device, or None if it does."""
 
     def build(
-        self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN, tune: Tune = "off"
+        self,
+        spec: LayerSpec,
+        name: str,
+        threads: int,
+        epilogue: Epilogue = PLAIN,
+        tune: Tune = "off",
+        freeze: bool = False,
     ) -> LiveKernel:
         """A live kernel for ``spec``; ``name`` is the layer's module path, for messages and reports. One with an epilogue is for inference.
 
-        ``tune`` says whether it may time tiles when it sees an input of a new shape.
+        ``tune`` says whether it may time tiles when it sees an input of a new shape, ``freeze`` whether it may keep a copy of the values
+        until it is given others, or their version says that they were changed.
         """

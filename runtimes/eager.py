@@ -19,6 +19,9 @@ class EagerKernel:
     def __init__(self, spec: LayerSpec, name: str, epilogue: Epilogue = PLAIN) -> None:
         self.name, self.spec, self.epilogue, self.specialisations = name, spec, epilogue, Specialisations()
 
+    def prepare(self, input_shape: tuple[int, ...], index: Tensor | None) -> None:
+        """Nothing is to be done."""
+
     def __call__(
         self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish = NOTHING
     ) -> Tensor:
@@ -43,12 +46,21 @@ class EagerRuntime:
     name = "eager"
     image_lanes = 0
 
+    def pool(self, threads: int) -> None:
+        """None: torch's."""
+
     def refuse(self, spec: LayerSpec, device: str) -> str | None:
         """Never refuses."""
         return None
 
     def build(
-        self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN, tune: Tune = "off"
+        self,
+        spec: LayerSpec,
+        name: str,
+        threads: int,
+        epilogue: Epilogue = PLAIN,
+        tune: Tune = "off",
+        freeze: bool = False,
     ) -> EagerKernel:
-        """A kernel for ``spec``; torch's own thread setting holds, ``threads`` and ``tune`` are not used."""
+        """A kernel for ``spec``; torch's own thread setting holds, ``threads``, ``tune`` and ``freeze`` are not used."""
         return EagerKernel(spec, name, epilogue)

@@ -23,6 +23,10 @@ class EveryWeight:
         )
         self._index = torch.arange(math.prod(kernel.spec.weight_shape), dtype=torch.int32)
 
+    def prepare(self, input_shape: tuple[int, ...], index: Tensor | None) -> None:
+        """Prepare the kernel; ``index`` is not read."""
+        self.kernel.prepare(input_shape, self._index)
+
     def __call__(
         self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish = NOTHING
     ) -> Tensor:

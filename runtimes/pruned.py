@@ -166,7 +166,9 @@ class PrunedKernel:
             self._sparse = _Sparse(before.kernel, values, index if moved else before.index)
             return
         spec = dataclasses.replace(self.spec, nnz=index.numel())
-        self._sparse = _Sparse(self._runtime.build(spec, self.name, self._threads, tune=self._tune), values, index)
+        self._sparse = _Sparse(
+            self._runtime.build(spec, self.name, self._threads, tune=self._tune, freeze=True), values, index
+        )
         self._reports.clear()
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="sift")``: sparse layers to a runtime, the rest of the graph to inductor.
+"""``torch.compile(model, backend="sift")``: sparse layers to a runtime, the rest of the graph to inductor or left as it is.
 
 The function :func:`sift` is registered under the entry point group ``torch_dynamo_backends``. It leaves the graph as it is but
 for one constant per sparse layer: the handle of a live kernel. Masks may therefore move without a new trace.
@@ -21,14 +21,21 @@ from sift_compiler.lowering.first_layers import take_first_layers
 from sift_compiler.lowering.fuse import Chain, find_chain, fuse, needs_gradients
 from sift_compiler.lowering.image_vectors import keep_image_vectors
 from sift_compiler.lowering.partition import SparseNode, assign_handle, partition
+from sift_compiler.lowering.pooling import take_pools
+from sift_compiler.lowering.remainder import traffic
 from sift_compiler.nn import live, pruned
+from sift_compiler.nn.image_vectors import Pool
 from sift_compiler.options import CompileOptions, from_mapping
 from sift_compiler.runtimes import registry
+from sift_compiler.runtimes.ahead import prepare_ahead
 from sift_compiler.runtimes.base import LiveKernel, Runtime
 from sift_compiler.runtimes.every_weight import EveryWeight
 from sift_compiler.runtimes.pruned import PrunedKernel, PrunedReport, refuse, sparsity_of
 
 log = logging.getLogger(__name__)
+
+_WORTH_COMPILING = 0.05
+"""Inductor takes half a minute the first time and seconds every other; it has to save more than this share of what is read and written."""
 
 Compiled = Callable[..., Any]
 
@@ -51,6 +58,8 @@ class Compilation:
     rest: str = ""
     """Who runs the rest of the graph, and why if it is not who was asked for."""
     handles: tuple[int, ...] = field(default=())
+    pool: Pool | None = None
+    """The kernel of max poolings, if the runtime has one and may use it."""
     pruned: tuple[PrunedKernel, ...] = ()
     """Dense layers with many zeros that sparse code may run, see runtimes.pruned."""
     left_dense: tuple[PrunedReport, ...] = ()
@@ -90,14 +99,18 @@ def sift(
     nodes = partition(graph_module.graph, runtime.refuse)
     taken = [node for node in nodes if node.refusal is None]
     calls = _take(taken, compilation, runtime, threads, inference, first)
-    if inference and runtime.image_lanes:
-        compilation.side_by_side = len(keep_image_vectors(graph_module.graph, calls, runtime.image_lanes))
+    pool = runtime.pool(threads) if inference and taken else None
+    if pool is not None:
+        compilation.pool, handle = pool, live.register(pool)
+        compilation.side_by_side = len(keep_image_vectors(graph_module.graph, calls, runtime.image_lanes, handle))
+        take_pools(graph_module.graph, handle)
     if chosen.prune_threshold is not None and not torch.is_grad_enabled():
         _take_pruned(graph_module.graph, example_inputs, compilation, runtime, threads, chosen.prune_threshold)
     graph_module.recompile()
+    prepare_ahead(graph_module.graph, example_inputs, (*compilation.kernels, *compilation.first), threads)
     compilation.refused = tuple((node.name, node.refusal) for node in nodes if node.refusal is not None)
     _announce(runtime.name, nodes, compilation)
-    run, compilation.rest = _compile_rest(graph_module, example_inputs, chosen.rest)
+    run, compilation.rest = _compile_rest(graph_module, example_inputs, chosen.rest, inference and bool(taken))
     _compilations.add(compilation)
     return _owning(run, compilation)
 
@@ -125,7 +138,10 @@ def _take(
     handles, fused, calls = [], [], []
     for node in nodes:
         chain = find_chain(node) if inference else Chain()
-        kernel: LiveKernel = runtime.build(node.spec, node.name, threads, chain.epilogue, compilation.options.tune)
+        freeze = inference and compilation.options.freeze
+        kernel: LiveKernel = runtime.build(
+            node.spec, node.name, threads, chain.epilogue, compilation.options.tune, freeze
+        )
         if node.node in first:
             kernel = EveryWeight(kernel)
             dense.append(kernel)
@@ -173,16 +189,27 @@ def _announce(runtime: str, nodes: Sequence[SparseNode], compilation: Compilatio
         )  # fmt: skip
 
 
-def _compile_rest(graph_module: fx.GraphModule, example_inputs: Sequence[Any], rest: str) -> tuple[Compiled, str]:
+def _compile_rest(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], rest: str, may_stay: bool
+) -> tuple[Compiled, str]:
+    """Who runs the graph, and why. ``may_stay``: whether it is for inference and has sparse layers, so that little may be left to compile."""
     if rest == "eager":
         return graph_module.forward, "eager"
+    if rest == "auto" and may_stay:
+        found = traffic(graph_module.graph)
+        if found is not None and found.share <= _WORTH_COMPILING:
+            return graph_module.forward, f"eager: fusing the rest would save {found}"
     reason = _no_inductor(_devices(example_inputs))
     if reason is not None:
         _say_once(reason)
         return graph_module.forward, f"eager: {reason}"
+    return _inductor(graph_module, example_inputs), "inductor"
+
+
+def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    return cast(Compiled, compile_fx(graph_module, list(example_inputs))), "inductor"
+    return cast(Compiled, compile_fx(graph_module, list(example_inputs)))
 
 
 def _devices(example_inputs: Sequence[Any]) -> frozenset[str]:

@@ -17,6 +17,7 @@ from sift_compiler.ir.mask_structure import UNSTRUCTURED, Structure
 from sift_compiler.option_values import DECAYS as DECAYS
 from sift_compiler.option_values import DISTRIBUTIONS as DISTRIBUTIONS
 from sift_compiler.option_values import INITIALISATIONS as INITIALISATIONS
+from sift_compiler.option_values import RESTS as RESTS
 from sift_compiler.option_values import SIGMAS as SIGMAS
 from sift_compiler.option_values import TUNING as TUNING
 from sift_compiler.option_values import Attention as Attention
@@ -25,6 +26,7 @@ from sift_compiler.option_values import Depthwise as Depthwise
 from sift_compiler.option_values import Distribution as Distribution
 from sift_compiler.option_values import Groups as Groups
 from sift_compiler.option_values import Initialisation as Initialisation
+from sift_compiler.option_values import Rest as Rest
 from sift_compiler.option_values import Sigma as Sigma
 from sift_compiler.option_values import Tune as Tune
 
@@ -311,23 +313,30 @@ class CompileOptions:
 
     runtime: str = "tvm"
     """Who runs the sparse layers: ``"tvm"`` (mask-specialised machine code) or ``"eager"`` (the reference)."""
-    rest: Literal["inductor", "eager"] = "inductor"
-    """Who runs the rest of the graph."""
+    rest: Rest = "auto"
+    """Who runs the rest of the graph: ``"inductor"``; ``"eager"``, operation by operation; or ``"auto"``: eager mode in graphs for inference
+    of which inductor could save at most a twentieth of what is read and written (lowering.remainder), inductor otherwise."""
     threads: int | None = None
     """Threads of the sparse kernels; None takes ``torch.get_num_threads()`` at compile time."""
     tune: Tune = "off"
     """Whether tiles may be measured: ``"quick"`` times a handful per layer and shape of input, ``"full"`` up to two dozen, on the layer's own
     mask; winners are kept in the user's cache folder. ``"off"``, the default, measures nothing, but takes winners that are there."""
+    freeze: bool = False
+    """For deployment: in graphs for inference, values of sparse layers are brought into the order of the kernels once, not at every call. Moved
+    masks, other tensors and changes in place by torch (``copy_``, ``load_state_dict``, optimizer steps) are followed all the same;
+    changes through ``.data`` or a NumPy view are not."""
     prune_threshold: float | None = 0.5
     """Dense layers whose weight holds at least this share of zeros, in [0, 1], run sparse where that measures faster: models that another
     tool has pruned. Only in graphs traced without gradients (``torch.no_grad()``), where a zero cannot be a weight about to be
     trained. None leaves dense layers alone."""
 
     def __post_init__(self) -> None:
-        if self.rest not in ("inductor", "eager"):
-            raise unknown_name("rest", self.rest, ("inductor", "eager"))
+        if self.rest not in RESTS:
+            raise unknown_name("rest", self.rest, RESTS)
         if self.tune not in TUNING:
             raise unknown_name("tune", self.tune, TUNING)
+        if not isinstance(self.freeze, bool):
+            raise _refuse(self, "freeze", "True or False")
         if self.threads is not None and self.threads < 1:
             raise _refuse(self, "threads", "at least 1, or None")
         if self.prune_threshold is not None and not 0 <= self.prune_threshold <= 1:

@@ -30,6 +30,7 @@ from sift_compiler.attachment import unwrapped
 from sift_compiler.capture import raise_exported
 from sift_compiler.checkpoint import Checkpoint, optimizer_by_name, random_states
 from sift_compiler.errors import StaleArtifactError, UnsupportedError, UserError
+from sift_compiler.freed_memory import release_freed_memory
 from sift_compiler.ir import annotations as decided
 from sift_compiler.ir.inputs import Inputs, arguments_of, as_inputs
 from sift_compiler.ir.mask_structure import structure_from_plain
@@ -111,7 +112,12 @@ def load_checkpoint(path: StrPath) -> Checkpoint:
         UserError: there is no such file, or :func:`save` did not write it.
         StaleArtifactError: the file is damaged or of another version.
     """
-    source = _as_path(path)
+    checkpoint = _read(_as_path(path))
+    release_freed_memory()
+    return checkpoint
+
+
+def _read(source: Path) -> Checkpoint:
     metadata, state_bytes = archive.read(source)
     if metadata.get("format") != _FORMAT:
         raise StaleArtifactError(

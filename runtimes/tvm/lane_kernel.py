@@ -17,13 +17,16 @@ from tvm.script import tirx as T
 from sift_compiler.lowering.epilogue import Epilogue
 from sift_compiler.runtimes.tvm.epilogue import finished
 from sift_compiler.runtimes.tvm.products import block_products
+from sift_compiler.runtimes.tvm.streaming import STREAM, STREAMED, streaming
 
 
 # fmt: off
 def lane_tile(
-    *, lanes: int, rows: int, height: int, width: int, pitch: int, parallel: bool, epilogue: Epilogue, name: str
+    *, lanes: int, rows: int, height: int, width: int, pitch: int, parallel: bool, epilogue: Epilogue,
+    past_caches: bool = False, name: str,
 ) -> Any:
-    """The TIR function of one class of layers; see :func:`sparse_kernel.sparse_tile` for its constants.
+    """The TIR function of one class of layers; see :func:`sparse_kernel.sparse_tile` for its constants. With ``past_caches`` the
+    output is stored past the caches (see streaming).
 
     The function's arguments, in order: input X [groups of images, C, H, W, lanes]; the program's stream, and where each block begins in
     it and in the values; packed values; bias, scale and shift [M] and residual, laid out as the output (read if the epilogue says so);
@@ -34,7 +37,7 @@ def lane_tile(
     """
     L, R, NV = lanes, rows, height * width
     loop = T.parallel if parallel else T.serial
-    products = f"{name}_products"
+    products, stores = f"{name}_products", streaming(lanes)
 
     @T.prim_func
     def kernel(
@@ -66,6 +69,7 @@ def lane_tile(
         Y = T.match_buffer(y, (n10,), "float32", align=64)
         N = T.match_buffer(window, (n11,), "float32", align=64)
         S = T.match_buffer(sums, (n12,), "float32", align=64)
+        T.attr(0, "pragma_import_llvm", stores)
         for worker in loop(workers):
             for turn in range(D[worker + 1] - D[worker]):
                 tile: T.let[T.int32] = K[(D[worker] + turn) * 4]
@@ -77,8 +81,8 @@ def lane_tile(
                 left: T.let[T.int32] = T.min(tile % tiles_across * width, last_x)
                 w0: T.let[T.int32] = worker * (block_channels * phases * window_rows * window_columns * L)
                 s0: T.let[T.int32] = worker * (groups * R * NV * L)
-                for m, u in T.grid((last_group - first_group) * R, NV):
-                    S[T.ramp(s0 + (m * NV + u) * L, 1, L)] = T.broadcast(B[T.min(first_group * R + m, M - 1)], L)
+                for r, u in T.grid((last_group - first_group) * R, NV):
+                    S[T.ramp(s0 + (r * NV + u) * L, 1, L)] = T.broadcast(B[T.min(first_group * R + r, M - 1)], L)
                 for b in range(blocks):
                     for f, c in T.grid(phases, T.min(block_channels, C - b * block_channels)):
                         # Columns of the window that lie left of the image, and up to where they lie inside.
@@ -110,10 +114,18 @@ def lane_tile(
                 for n, j, i in T.grid(T.min(last_group * R, M) - first_group * R, height, width):
                     m: T.let[T.int32] = first_group * R + n
                     place: T.let[T.int32] = (((image * M + m) * out_height + top + j) * out_width + left + i) * L
-                    Y[T.ramp(place, 1, L)] = finished(
-                        epilogue, S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L,
-                        T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)],
-                    )
+                    if past_caches:
+                        T.evaluate(T.call_extern("void", STREAM, T.address_of(Y[place]), finished(
+                            epilogue, S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L,
+                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)],
+                        )))
+                    else:
+                        Y[T.ramp(place, 1, L)] = finished(
+                            epilogue, S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L,
+                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)],
+                        )
+            if past_caches:
+                T.evaluate(T.call_extern("void", STREAMED))
 
     subroutine = block_products(lanes=lanes, rows=rows, height=height, width=width, pitch=pitch, symbol=products)
     return tvm.IRModule({name: kernel, products: subroutine})

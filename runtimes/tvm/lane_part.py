@@ -22,7 +22,9 @@ from sift_compiler.runtimes.tvm.lane_kernel import lane_tile
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
 from sift_compiler.runtimes.tvm.packed_mask import PackedMask
 from sift_compiler.runtimes.tvm.part import Part
+from sift_compiler.runtimes.tvm.program_values import ProgramValues
 from sift_compiler.runtimes.tvm.shared import WORTH_A_WORKER, shared
+from sift_compiler.runtimes.tvm.streaming import STREAMED_BYTES
 from sift_compiler.runtimes.tvm.workspace import scratch
 
 _ALIGNMENT = 64
@@ -38,10 +40,12 @@ class LanePart:
         cpu: the processor.
         threads: workers; with 1 no thread pool is touched.
         epilogue: what is done to finished sums.
+        freeze: see program_values.
     """
 
     def __init__(
-        self, spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int, epilogue: Epilogue = PLAIN
+        self, spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int, epilogue: Epilogue = PLAIN,
+        freeze: bool = False,
     ) -> None:  # fmt: skip
         tile = choice.tile
         self.spec, self.choice, self.threads = spec, choice, threads
@@ -55,10 +59,12 @@ class LanePart:
         self._mask: PackedMask | None = None
         self._one = torch.ones(1)  # stands where the kernel reads nothing
         parallel = threads > 1
-        self._gather = compiled(kernels.gather, cpu.name, parallel=parallel)
+        output = 4 * choice.count * spec.out_channels * self._output[0] * self._output[1]
+        self._values = ProgramValues(compiled(kernels.gather, cpu.name, parallel=parallel), threads, freeze)
         self._kernel = compiled(
             lane_tile, cpu.name, lanes=tile.vector, rows=tile.rows, height=tile.height, width=tile.width,
             pitch=layout.window if tile.height > 1 else 0, parallel=parallel, epilogue=epilogue,
+            past_caches=output >= STREAMED_BYTES,
         )  # fmt: skip
 
     @property
@@ -84,8 +90,7 @@ class LanePart:
         """
         mask = self._mask
         assert mask is not None, "a part is packed before it runs"
-        packed_values = scratch("values", self.spec.nnz)
-        self._gather(values, mask.order, packed_values, self._workers(self.spec.nnz // 65536), self.spec.nnz)
+        packed_values = self._values.of(values, mask.order, self.spec.nnz)
         self._kernel(*self._arguments(x, packed_values, bias, finish, y, self._tiles(x)))
 
     def trial(
@@ -94,8 +99,7 @@ class LanePart:
         """A call that computes about ``share`` of ``y``, and how many times as long all of it takes; see :meth:`Part.trial`."""
         mask = self._mask
         assert mask is not None, "a part is packed before it runs"
-        packed_values = torch.empty(max(self.spec.nnz, 16))
-        self._gather(values, mask.order, packed_values, 1, self.spec.nnz)
+        packed_values = self._values.of(values, mask.order, self.spec.nnz).clone()
         tiles = self._tiles(x)
         most = min(tiles, self.threads * max(1, round(share * tiles / self.threads)))
         arguments = self._arguments(x, packed_values, bias, NOTHING, y, most)

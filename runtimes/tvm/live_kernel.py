@@ -46,13 +46,15 @@ class TvmKernel:
         specialisations: counters to use, those of another kernel; by default its own.
         epilogue: what is done to finished sums; gradients know nothing of it.
         tuner: what chooses tiles, by measurements.
+        freeze: bring values into the order of the program once (see program_values); gradients know nothing of it.
     """
 
     def __init__(
         self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts, specialisations: Specialisations | None = None,
-        epilogue: Epilogue = PLAIN, tuner: Tuner | None = None,
+        epilogue: Epilogue = PLAIN, tuner: Tuner | None = None, freeze: bool = False,
     ) -> None:  # fmt: skip
         self.spec, self.name, self.threads, self.cpu, self.epilogue = spec, name, threads, cpu, epilogue
+        self._freeze = freeze
         self.specialisations = specialisations or Specialisations(backward=Specialisations())
         backward = self.specialisations.backward or Specialisations()
         derived = functools.partial(
@@ -98,6 +100,19 @@ class TvmKernel:
     def programs(self) -> int:
         """Programs of the mask that are kept."""
         return len(self._packed)
+
+    def prepare(self, input_shape: tuple[int, ...], index: Tensor | None) -> None:
+        """Make code and program for an input of ``input_shape``; tiles that are to be measured are left to the first call.
+
+        Raises:
+            UserError: the layer does not take such an input.
+            RuntimeBuildError: the kernel cannot be compiled.
+        """
+        if index is None or self._tuner.level != "off" or input_shape in self._shapes:
+            return
+        if self._watch.moved(index):
+            self._follow(index)
+        self._prepare(input_shape, index)
 
     @torch.no_grad()
     def __call__(
@@ -189,7 +204,9 @@ class TvmKernel:
         size = self._size(shape)
         begin = time.perf_counter()
         build = LanePart if len(shape) == 5 else prepare
-        parts = tuple(build(self.spec, part, size, self.cpu, self.threads, self.epilogue) for part in plan.parts)
+        parts = tuple(
+            build(self.spec, part, size, self.cpu, self.threads, self.epilogue, self._freeze) for part in plan.parts
+        )
         self.specialisations.builds += len(parts)
         self.specialisations.build_ms += 1e3 * (time.perf_counter() - begin)
         self._pack(parts, index)

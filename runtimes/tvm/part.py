@@ -21,6 +21,7 @@ from sift_compiler.runtimes.tvm import kernels
 from sift_compiler.runtimes.tvm.build import compiled
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
 from sift_compiler.runtimes.tvm.packed_mask import PackedMask, nothing
+from sift_compiler.runtimes.tvm.program_values import ProgramValues
 from sift_compiler.runtimes.tvm.shared import WORTH_A_WORKER, shared
 from sift_compiler.runtimes.tvm.sparse_kernel import sparse_tile
 from sift_compiler.runtimes.tvm.workspace import scratch
@@ -81,6 +82,7 @@ class Part:
         cpu: the processor.
         threads: workers; with 1 no thread pool is touched.
         epilogue: what is done to finished sums.
+        freeze: see program_values.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Part:
         cpu: CpuFacts,
         threads: int,
         epilogue: Epilogue = PLAIN,
+        freeze: bool = False,
     ) -> None:
         self.spec, self.choice, self.threads, self._cpu, self._epilogue = spec, choice, threads, cpu, epilogue
         self._mask: PackedMask | None = None
@@ -101,7 +104,8 @@ class Part:
         self._blocks = -(-spec.in_channels // tile.channels)
         self._layout = packing(spec, choice.count, size, tile)
         self._packer = self._mask_packer()
-        self._kernel, self._gather = self._compile()
+        self._kernel, gather = self._compile()
+        self._values = ProgramValues(gather, threads, freeze)
         self._items = self._items_at_once()
         self._ahead = self._window_rows()
         if spec.kind == "linear":
@@ -146,8 +150,7 @@ class Part:
         """
         mask = self._mask
         assert mask is not None, "a part is packed before it runs"
-        packed_values = scratch("values", self.spec.nnz)
-        self._gather(values, mask.order, packed_values, self._workers(self.spec.nnz // 65536), self.spec.nnz)
+        packed_values = self._values.of(values, mask.order, self.spec.nnz)
         items = self._items
         for first in range(0, x.shape[0], items):
             whole = items >= x.shape[0]
@@ -168,8 +171,7 @@ class Part:
         packed, sizes, strips = self._pack(x)
         # Packed images are the same whatever the tile.
         packed = packed if self.choice.tile.lanes == "batch" else packed.clone()
-        packed_values = torch.empty(max(self.spec.nnz, 16))
-        self._gather(values, mask.order, packed_values, 1, self.spec.nnz)
+        packed_values = self._values.of(values, mask.order, self.spec.nnz).clone()
         most = min(strips, self.threads * max(1, round(share * strips / self.threads)))
         arguments = self._arguments(packed, packed_values, bias, NOTHING, None, y, most, sizes)
         return lambda: self._kernel(*arguments), strips / most
@@ -336,7 +338,7 @@ class Part:
         if pack_kernel is not None:
             self._pack_kernel = pack_kernel
         self._kernel = kernel
-        self._gather = lambda *_: None
+        self._values = ProgramValues(lambda *_: None, 1, False)
 
     def _compile(self) -> tuple[Any, Any]:
         packing_code, (generator, constants) = self.code(inline=False)

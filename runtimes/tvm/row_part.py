@@ -19,6 +19,7 @@ from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.tvm import kernels
 from sift_compiler.runtimes.tvm.build import compiled
 from sift_compiler.runtimes.tvm.part import Code
+from sift_compiler.runtimes.tvm.program_values import ProgramValues
 from sift_compiler.runtimes.tvm.row_kernel import few_tokens, one_token, pack_few_tokens
 from sift_compiler.runtimes.tvm.target import gather_instruction
 from sift_compiler.runtimes.tvm.workspace import scratch
@@ -63,8 +64,9 @@ class RowPart:
     packed_values_position: int
 
     def __init__(
-        self, spec: LayerSpec, choice: Choice, cpu: CpuFacts, threads: int, epilogue: Epilogue = PLAIN
-    ) -> None:
+        self, spec: LayerSpec, choice: Choice, cpu: CpuFacts, threads: int, epilogue: Epilogue = PLAIN,
+        freeze: bool = False,
+    ) -> None:  # fmt: skip
         self.spec, self.choice, self.threads, self._cpu, self._epilogue = spec, choice, threads, cpu, epilogue
         self._one = choice.tile.lanes == "weights"
         self.packed_values_position = 3 if self._one else 4
@@ -73,7 +75,8 @@ class RowPart:
         packing, (generator, constants) = self.code()
         self._pack_kernel: Callable[..., Any] | None = packing and compiled(packing[0], cpu.name, **packing[1])
         self._kernel: Callable[..., Any] = compiled(generator, cpu.name, **constants)
-        self._gather: Callable[..., Any] | None = compiled(kernels.gather, cpu.name, parallel=threads > 1)
+        gather = compiled(kernels.gather, cpu.name, parallel=threads > 1)
+        self._values: ProgramValues | None = ProgramValues(gather, threads, freeze)
 
     program_key = "rows"
     """See Part; the program knows neither tiles nor tokens."""
@@ -121,12 +124,9 @@ class RowPart:
 
     def _in_order(self, values: Tensor, mask: _Mask) -> Tensor:
         """The values row by row: themselves, or a copy where the mask has moved weights between rows."""
-        if mask.direct or self._gather is None:
+        if mask.direct or self._values is None:
             return values
-        ordered = scratch("values", values.numel())
-        workers = max(1, min(self.threads, values.numel() // 65536))
-        self._gather(values, mask.order, ordered, workers, values.numel())
-        return ordered
+        return self._values.of(values, mask.order, values.numel())
 
     @property
     def _tokens(self) -> int:
@@ -146,4 +146,4 @@ class RowPart:
 
     def record(self, pack_kernel: Callable[..., Any] | None, kernel: Callable[..., Any]) -> None:
         """Hand the kernel calls of later runs to these instead of running them; values are not brought into order any more."""
-        self._pack_kernel, self._kernel, self._gather = pack_kernel, kernel, None
+        self._pack_kernel, self._kernel, self._values = pack_kernel, kernel, None

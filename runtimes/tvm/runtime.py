@@ -7,6 +7,7 @@ from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.options import Tune
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
+from sift_compiler.runtimes.tvm.pool_kernel import MaxPool
 from sift_compiler.runtimes.tvm.target import ensure_pool, host_cpu
 from sift_compiler.runtimes.tvm.tune import Tuner
 
@@ -21,6 +22,12 @@ class TvmRuntime:
         """float32 numbers in a vector of this machine."""
         return host_cpu().lanes
 
+    def pool(self, threads: int) -> MaxPool:
+        """Max pooling by code of this machine."""
+        if threads > 1:
+            ensure_pool(threads)
+        return MaxPool(host_cpu(), max(1, threads))
+
     def refuse(self, spec: LayerSpec, device: str) -> str | None:
         """Why a layer is not taken, or None: kernels are for float32 on the CPU."""
         if device.split(":")[0] != "cpu":
@@ -32,7 +39,13 @@ class TvmRuntime:
         return None
 
     def build(
-        self, spec: LayerSpec, name: str, threads: int, epilogue: Epilogue = PLAIN, tune: Tune = "off"
+        self,
+        spec: LayerSpec,
+        name: str,
+        threads: int,
+        epilogue: Epilogue = PLAIN,
+        tune: Tune = "off",
+        freeze: bool = False,
     ) -> TvmKernel:
         """A live kernel; machine code is made when the first input shows its shape, and tiles are measured then, if at all.
 
@@ -44,4 +57,4 @@ class TvmRuntime:
             raise UnsupportedError(f"{name}: {reason}. Use runtime='eager'.")
         if threads > 1:
             ensure_pool(threads)
-        return TvmKernel(spec, name, max(1, threads), host_cpu(), epilogue=epilogue, tuner=Tuner(tune))
+        return TvmKernel(spec, name, max(1, threads), host_cpu(), epilogue=epilogue, tuner=Tuner(tune), freeze=freeze)

@@ -52,9 +52,11 @@ class _Mask:
         sums = torch.from_numpy(np.arange(kept, dtype=np.int32) + np.repeat(shift, counts))
         place = torch.full((program.order.size,), size - lanes, dtype=torch.int32)
         place.index_copy_(0, torch.from_numpy(program.order[:kept]).long(), sums)
-        shared = (program.stream, program.block_column, begin[:: program.groups].astype(np.int32))
-        stream, block_column, block_sum = (torch.from_numpy(a) if a.size else nothing() for a in shared)
-        return cls(stream, block_column, block_sum, place, size, int(padded.max(initial=lanes)))
+        # Workers share positions here, never rows: where whole blocks begin is enough.
+        block_column = np.ascontiguousarray(program.block_column.reshape(program.blocks, -1)[:, 0])
+        shared = (program.stream, block_column, begin[:: program.groups].astype(np.int32))
+        stream, block_begin, block_sum = (torch.from_numpy(a) if a.size else nothing() for a in shared)
+        return cls(stream, block_begin, block_sum, place, size, int(padded.max(initial=lanes)))
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class SampledPart:
         offsets, channel = self._layout.offsets, self._layout.channel
         if self._linear:
             offsets, channel = np.zeros(1, np.int32), tile.width * tile.vector
-        self._packer = MaskPacker(spec, tile.rows, tile.channels, offsets, channel, cpu.name)
+        self._packer = MaskPacker(spec, tile.rows, tile.channels, offsets, channel, cpu.name, threads)
         parallel = threads > 1
         pitch = self._layout.window if tile.height > 1 else 0
         self._kernel = compiled(

@@ -127,8 +127,8 @@ def sparse_tile(
                 w0: T.let[T.int32] = worker * (block_planes * stretch_count * stretch_vectors * L)
                 s0: T.let[T.int32] = worker * (groups * R * NV * L)
                 q0: T.let[T.int32] = worker * (M * height * out_width * L)
-                for m, u in T.grid((last_group - first_group) * R, NV):
-                    S[T.ramp(s0 + (m * NV + u) * L, 1, L)] = T.broadcast(B[T.min(first_row + m, M - 1)], L)
+                for k, u in T.grid((last_group - first_group) * R, NV):
+                    S[T.ramp(s0 + (k * NV + u) * L, 1, L)] = T.broadcast(B[T.min(first_row + k, M - 1)], L)
                 for b in range(blocks):
                     count: T.let[T.int32] = T.min(block_planes, planes - b * block_planes)
                     if tokens:
@@ -180,20 +180,20 @@ def sparse_tile(
                                 S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L, T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(scattered, M * out_area, L)]
                             )
                     else:
-                        for m, j, i in T.grid(row_count, height, width):
-                            Q[T.ramp(q0 + ((m * height + j) * out_width + left + i) * L, 1, L)] = S[T.ramp(s0 + (m * NV + j * width + i) * L, 1, L)]
+                        for r, j, i in T.grid(row_count, height, width):
+                            Q[T.ramp(q0 + ((r * height + j) * out_width + left + i) * L, 1, L)] = S[T.ramp(s0 + (r * NV + j * width + i) * L, 1, L)]
                         if turn % tiles_across == tiles_across - 1:
                             for n, q in T.grid(row_count, (height * out_width + N - 1) // N):
-                                m: T.let[T.int32] = first_row + n
+                                done: T.let[T.int32] = first_row + n
                                 cells = registers(2 * N * L)
                                 start: T.let[T.int32] = T.min(q * N, height * out_width - N)
                                 for i in T.unroll(N):
                                     cells[T.ramp(i * L, 1, L)] = Q[T.ramp(q0 + (n * height * out_width + start + i) * L, 1, L)]
                                 narrow(cells)
                                 for i in T.unroll(L):
-                                    place: T.let[T.int32] = ((group * L + i) * M + m) * out_area + top * out_width + start
+                                    place: T.let[T.int32] = ((group * L + i) * M + done) * out_area + top * out_width + start
                                     Y[T.ramp(place, 1, N)] = stored(
-                                        cells[T.ramp(narrow_half * N * L + i * N, 1, N)], N, T.broadcast(SC[m], N), T.broadcast(SH[m], N), E[T.ramp(place, 1, N)]
+                                        cells[T.ramp(narrow_half * N * L + i * N, 1, N)], N, T.broadcast(SC[done], N), T.broadcast(SH[done], N), E[T.ramp(place, 1, N)]
                                     )
                 if tokens:
                     if row_count >= L:
@@ -211,17 +211,17 @@ def sparse_tile(
                                 )
                     else:
                         for n, u in T.grid(row_count, NV):
-                            m: T.let[T.int32] = first_row + n
-                            Y[T.ramp((left + u * L) * M + m, M, L)] = stored(
-                                S[T.ramp(s0 + (n * NV + u) * L, 1, L)], L, T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp((left + u * L) * M + m, M, L)]
+                            channel: T.let[T.int32] = first_row + n
+                            Y[T.ramp((left + u * L) * M + channel, M, L)] = stored(
+                                S[T.ramp(s0 + (n * NV + u) * L, 1, L)], L, T.broadcast(SC[channel], L), T.broadcast(SH[channel], L), E[T.ramp((left + u * L) * M + channel, M, L)]
                             )
                 if stretches:
                     for n in range(row_count):
-                        m: T.let[T.int32] = first_row + n
+                        at: T.let[T.int32] = first_row + n
                         for q in range(RS[line + 1] - RS[line]):
                             for i in range(RL[RS[line] + q]):
-                                Y[m * out_area + RT[RS[line] + q] + i] = stored(
-                                    S[s0 + n * NV * L + RF[RS[line] + q] + i], 1, SC[m], SH[m], E[m * out_area + RT[RS[line] + q] + i]
+                                Y[at * out_area + RT[RS[line] + q] + i] = stored(
+                                    S[s0 + n * NV * L + RF[RS[line] + q] + i], 1, SC[at], SH[at], E[at * out_area + RT[RS[line] + q] + i]
                                 )
 
     if inline:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sift_compiler.lowering.image_vectors import pooling
 from sift_compiler.lowering.partition import fake
+from sift_compiler.lowering.pooling import pooling
 from sift_compiler.nn import operators as operators  # registers torch.ops.sift
 
 _CONVOLUTIONS = (torch.conv2d, F.conv2d, torch.ops.aten.conv2d.default)

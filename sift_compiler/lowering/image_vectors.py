@@ -11,27 +11,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import fx
 
 from sift_compiler.lowering.fuse import mutates
 from sift_compiler.lowering.partition import fake
-from sift_compiler.nn.image_vectors import from_image_vectors, max_pool_image_vectors, to_image_vectors
+from sift_compiler.lowering.pooling import pooling
+from sift_compiler.nn.image_vectors import from_image_vectors, to_image_vectors
 
 _MOST = 2**31 - 1
 _X, _RESIDUAL = 0, 9
 """Positions of the arguments of conv2d_fused that change their layout."""
 
 
-def keep_image_vectors(graph: fx.Graph, calls: Iterable[fx.Node], lanes: int) -> tuple[fx.Node, ...]:
+def keep_image_vectors(graph: fx.Graph, calls: Iterable[fx.Node], lanes: int, pool: int = 0) -> tuple[fx.Node, ...]:
     """Change the layout between those of ``calls`` that can take part.
 
     Args:
         graph: holds fake tensors as Dynamo leaves them.
         calls: nodes that call ``sift::conv2d_fused`` with kernels for either layout.
         lanes: images in a vector.
+        pool: handle of a kernel for max pooling, 0 for the reference.
 
     Returns:
         The calls that took part, in the new layout.
@@ -47,7 +48,7 @@ def keep_image_vectors(graph: fx.Graph, calls: Iterable[fx.Node], lanes: int) ->
             for source in _sources(node):
                 if source not in side_by_side:
                     side_by_side[source] = _converted(graph, source, lanes)
-            call = _moved(graph, node, side_by_side)
+            call = _moved(graph, node, side_by_side, pool)
         call.meta = {**node.meta, "example_value": _with_lanes(fake(node), lanes)}
         side_by_side[node] = call
     for node in chosen:
@@ -57,26 +58,16 @@ def keep_image_vectors(graph: fx.Graph, calls: Iterable[fx.Node], lanes: int) ->
     return tuple(side_by_side[node] for node in chosen if pooling(node) is None)
 
 
-def pooling(node: fx.Node) -> tuple[list[int], list[int], list[int]] | None:
-    """Kernel, stride and padding of a max pooling, None for anything else."""
-    if node.target is not torch.ops.aten.max_pool2d.default or node.kwargs:
-        return None
-    given: tuple[Any, ...] = (*node.args[1:], *(None,) * 5)
-    kernel, stride, padding, dilation, ceil, *_ = given
-    pairs = [[value] * 2 if isinstance(value, int) else list(value or ()) for value in (kernel, stride, padding)]
-    plain = (dilation is None or set(dilation) == {1}) and not ceil
-    return (pairs[0], pairs[1] or pairs[0], pairs[2] or [0, 0]) if plain else None
-
-
-def _moved(graph: fx.Graph, node: fx.Node, side_by_side: dict[fx.Node, fx.Node]) -> fx.Node:
+def _moved(graph: fx.Graph, node: fx.Node, side_by_side: dict[fx.Node, fx.Node], pool: int) -> fx.Node:
     """The same call on what lies side by side."""
-    pool = pooling(node)
-    if pool is not None:
-        return graph.call_function(max_pool_image_vectors, (side_by_side[node.args[0]], *pool))  # type: ignore[index]
-    arguments = list(node.args)
+    pooled = pooling(node)
+    if pooled is not None:
+        arguments = (side_by_side[node.args[0]], *pooled, pool)  # type: ignore[index]
+        return graph.call_function(torch.ops.sift.max_pool2d.default, arguments)
+    given = list(node.args)
     for place in (_X, _RESIDUAL):
-        arguments[place] = side_by_side.get(node.args[place])  # type: ignore[arg-type]
-    return graph.call_function(node.target, tuple(arguments))  # type: ignore[arg-type]
+        given[place] = side_by_side.get(node.args[place])  # type: ignore[arg-type]
+    return graph.call_function(node.target, tuple(given))  # type: ignore[arg-type]
 
 
 def _sources(node: fx.Node) -> tuple[fx.Node, ...]:

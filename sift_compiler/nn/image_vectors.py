@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sift_compiler.nn import live
 
 
 def to_image_vectors(x: Tensor, lanes: int) -> Tensor:
@@ -31,12 +34,46 @@ def by_image(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return to_image_vectors(layer(from_image_vectors(x)), x.shape[4])
 
 
-def max_pool_image_vectors(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Max pooling of [N / lanes, C, H, W, lanes] as ``F.max_pool2d`` does it image by image: [N / lanes, C, H', W', lanes].
+class Pool(Protocol):
+    """A kernel that pools in either layout."""
+
+    def __call__(self, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+        """Return the largest of every window, contiguous; ``x`` is not changed."""
+
+
+@torch.library.custom_op("sift::max_pool2d", mutates_args=())
+def max_pool2d(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], kernel_handle: int = 0
+) -> Tensor:
+    """``F.max_pool2d`` in either layout: [N, C, H, W] → [N, C, H', W'], or [N / lanes, C, H, W, lanes] → [N / lanes, C, H', W', lanes].
 
     Args:
-        kernel, stride, padding: two numbers each, down and across.
+        x: float32.
+        kernel, stride, padding: two numbers each, down and across; padding is at most half the kernel.
+        kernel_handle: of a :class:`Pool` (see live); 0 is the reference.
     """
+    if kernel_handle != live.REFERENCE:
+        return cast(Pool, live.lookup(kernel_handle))(x, kernel, stride, padding)
+    return reference_max_pool2d(x, kernel, stride, padding)
+
+
+@max_pool2d.register_fake
+def _(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], kernel_handle: int = 0
+) -> Tensor:
+    size = [(x.shape[2 + a] + 2 * padding[a] - kernel[a]) // stride[a] + 1 for a in (0, 1)]
+    return x.new_empty((*x.shape[:2], *size, *x.shape[4:]))
+
+
+def reference_max_pool2d(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """The reference of :func:`max_pool2d`."""
+    if x.dim() == 4:
+        return torch.max_pool2d(x, list(kernel), list(stride), list(padding)).contiguous()
+    return max_pool_image_vectors(x, kernel, stride, padding)
+
+
+def max_pool_image_vectors(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """The reference for images side by side; arguments as those of :func:`max_pool2d`."""
     down, across = (
         (size + 2 * p - k) // s + 1 for size, k, s, p in zip(x.shape[2:4], kernel, stride, padding, strict=True)
     )

@@ -11,8 +11,8 @@ import functools
 import itertools
 import logging
 import weakref
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -43,11 +43,11 @@ class GradientKernel(Kernel, Protocol):
 log = logging.getLogger(__name__)
 
 _handles = itertools.count(1)
-_kernels: weakref.WeakValueDictionary[int, Kernel] = weakref.WeakValueDictionary()
+_kernels: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def register(kernel: Kernel) -> int:
-    """Return a fresh handle for ``kernel``. The registry does not keep it alive: whoever compiled the graph does."""
+def register(kernel: Kernel | Callable[..., Tensor]) -> int:
+    """Return a fresh handle for ``kernel`` (or what another operator calls). The registry does not keep it alive: whoever compiled the graph does."""
     handle = next(_handles)
     _kernels[handle] = kernel
     return handle
@@ -56,7 +56,7 @@ def register(kernel: Kernel) -> int:
 def lookup(handle: int) -> Kernel:
     """The kernel behind ``handle``; RuntimeBuildError if it has been released."""
     try:
-        return _kernels[handle]
+        return cast(Kernel, _kernels[handle])
     except KeyError:
         raise RuntimeBuildError(
             f"The compiled kernel {handle} of a sparse layer is gone: the compiled function that owned it was released. "

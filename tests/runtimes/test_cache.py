@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -168,3 +171,66 @@ def test_the_folder_is_the_users_unless_named(monkeypatch, tmp_path):
     monkeypatch.setenv("SIFT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(UserError, match="SIFT_CACHE_DIR"):
         default_folder()
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_nothing_half_written(tmp_path, caplog):
+    def half(code: str, path: Path) -> None:
+        path.write_text(code[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kernels, built = KernelCache(tmp_path, {"txt": Form[str](half, Path.read_text)}), []
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert kernels.get(KEY, lambda: counted(built)) == "code"
+    assert len(built) == 2, "what was written by half is not found"
+    assert {file.suffix for file in tmp_path.iterdir()} <= {".lock"}
+    assert [record.getMessage().count("No space left") for record in caplog.records] == [1]
+
+
+def test_a_disk_that_is_full_when_the_record_comes_leaves_no_kernel(tmp_path, monkeypatch):
+    real = Path.write_text
+
+    def full(self: Path, text: str, **options: str) -> int:
+        if self.suffix == ".json":
+            real(self, text[:10], **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    kernels = KernelCache(tmp_path, TEXT)
+    assert kernels.get(KEY, lambda: "code") == "code"
+    assert kernels.try_load(KEY) is None
+    assert not list(tmp_path.glob("*.json"))
+    monkeypatch.undo()
+    assert kernels.get(KEY, lambda: "newer") == "newer"
+    assert kernels.try_load(KEY) == "newer"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are made read-only by their mode")
+def test_a_folder_that_is_read_only_is_read(caplog):
+    # Not below pytest's folder: another user, as whom root has to look, cannot enter that.
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        _read_only(Path(place) / "cache", caplog)
+
+
+def _read_only(folder, caplog):
+    KernelCache(folder, TEXT).get(KEY, lambda: "code")
+    other = dataclasses.replace(KEY, source="1" * 64)
+    (folder / f"{KEY.digest}.lock").unlink(missing_ok=True)
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    folder.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:  # to whom modes mean nothing
+            os.seteuid(65534)
+        with caplog.at_level(logging.WARNING):
+            assert KernelCache(folder, TEXT).get(KEY, lambda: "newer") == "code"
+            assert not caplog.records
+            assert KernelCache(folder, TEXT).get(other, lambda: "newer") == "newer"
+        assert any("Nothing can be stored" in record.getMessage() for record in caplog.records)
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+    assert contents(folder).kernels == 1

@@ -15,6 +15,7 @@ from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.nn.image_vectors import from_image_vectors, to_image_vectors
+from sift_compiler.runtimes.tvm import lane_part
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.target import cpu_facts, host_cpu
 
@@ -170,3 +171,12 @@ def test_vectors_of_another_width_are_refused() -> None:
     spec, _dense, index = spec_and_dense((6, 5, 1, 1))
     with pytest.raises(UserError, match=r"expected an input of shape \[N, 5, H, W\], or"):
         TvmKernel(spec, "layer", 1, host_cpu())(torch.randn(1, 5, 2, 2, 3), torch.randn(spec.nnz), index, None)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_outputs_stored_past_the_caches(processor: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_part, "STREAMED_BYTES", 0)
+    epilogue = Epilogue(scaled=True, residual=True, activation="relu")
+    one = spec_and_dense((13, 10, 3, 3), padding=(1, 1))
+    assert error(*one, (9, 6), groups=2, processor=processor, threads=threads, epilogue=epilogue) < TOLERANCE
