@@ -11,7 +11,11 @@ from sift_compiler.options import CompileOptions
 from sift_compiler.runtimes import registry
 from tests.runtimes.test_conformance import TOLERANCE, Layer, layer, sparse_mask
 
-SHAPES = {"convolution": ((13, 10, 3, 3), (2, 10, 6, 5)), "linear": ((40, 30), (70, 30)), "one token": ((40, 30), (1, 30))}
+SHAPES = {
+    "convolution": ((13, 10, 3, 3), (2, 10, 6, 5)),
+    "linear": ((40, 30), (70, 30)),
+    "one token": ((40, 30), (1, 30)),
+}
 
 
 @pytest.fixture(params=SHAPES)
