@@ -253,8 +253,8 @@ def _layers(model: nn.Module) -> list[SparseLayer]:
 
 
 def _programs(kernels: list[Any], weights: int) -> dict[str, Any]:
-    """Bytes of the arrays that compiled kernels hold, by type of number; the layers' own tensors are not among them."""
-    sizes: dict[str, int] = defaultdict(int)
+    """Bytes of memory behind the arrays that compiled kernels hold, shared memory once; the layers' own tensors are not among them."""
+    held: list[tuple[int, int]] = []
     seen: set[int] = set()
     queue: list[Any] = list(kernels)
     while queue:
@@ -263,18 +263,19 @@ def _programs(kernels: list[Any], weights: int) -> dict[str, Any]:
             continue
         seen.add(id(each))
         if isinstance(each, np.ndarray):
-            if each.base is None:
-                sizes[str(each.dtype)] += each.nbytes
-            else:
-                queue.append(each.base)
+            held.append((each.ctypes.data, each.ctypes.data + each.nbytes))
+            queue.append(each.base)
         elif isinstance(each, Tensor):
-            if not isinstance(each, nn.Parameter) and id(each.untyped_storage().data_ptr()) not in seen:
-                seen.add(id(each.untyped_storage().data_ptr()))
-                sizes[str(each.dtype)] += each.untyped_storage().nbytes()
+            if not isinstance(each, nn.Parameter):
+                storage = each.untyped_storage()
+                held.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
         elif isinstance(each, dict | list | tuple | set) or type(each).__module__.startswith("sift_compiler"):
             queue.extend(gc.get_referents(each))
-    total = sum(sizes.values())
-    return {"kernels": len(kernels), "bytes": dict(sizes), "bytes_per_kept_weight": round(total / max(1, weights), 3)}
+    total = end = 0
+    for first, last in sorted(held):
+        total += max(0, last - max(first, end))
+        end = max(end, last)
+    return {"kernels": len(kernels), "bytes": total, "bytes_per_kept_weight": round(total / max(1, weights), 3)}
 
 
 def main() -> None:
