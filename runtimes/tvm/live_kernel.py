@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -66,11 +66,13 @@ class TvmKernel:
             tuner=tuner,
         )
         self._input_gradient = InputGradient(spec, derived)
-        self._values_gradient = ValuesGradient(spec, name, threads, cpu, backward, self._program)
         self._watch = MaskWatch()
         self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[AnyPart, ...]]] = {}
         self._packed: dict[object, AnyPart] = {}
         self._programs: dict[object, Program] = {}
+        # No method of this kernel: in a cycle it would outlive the compiled function.
+        known = functools.partial(_known, self._watch, self._programs)
+        self._values_gradient = ValuesGradient(spec, name, threads, cpu, backward, known)
         self._tuner = tuner or Tuner()
         self._no_bias = torch.zeros(spec.out_channels)
 
@@ -228,10 +230,6 @@ class TvmKernel:
         if isinstance(program, Program):
             self._programs[key] = program
 
-    def _program(self, key: object, index: Tensor) -> Program | None:
-        """The program of ``index`` that a part with this ``program_key`` runs, if there is one."""
-        return None if self._watch.moved(index) else self._programs.get(key)
-
     def _follow(self, index: Tensor) -> None:
         """The mask has moved: pack its programs anew for every shape seen; no code is compiled."""
         if index.numel() != self.spec.nnz:
@@ -284,3 +282,8 @@ class TvmKernel:
         if self.spec.kind == "linear":
             return (*shape[:-1], self.spec.out_channels)
         return (shape[0], self.spec.out_channels, *self.spec.output_size(shape[2], shape[3]), *shape[4:])
+
+
+def _known(watch: MaskWatch, programs: Mapping[object, Program], key: object, index: Tensor) -> Program | None:
+    """The program of ``index`` among those of the layer's own parts with this ``program_key``, if there is one."""
+    return None if watch.moved(index) else programs.get(key)
