@@ -26,6 +26,30 @@ def finished(epilogue: Epilogue, value: Any, lanes: int, scale: Any, shift: Any,
     return _ACTIVATIONS[epilogue.activation](value, lanes)
 
 
+def at_run_time(epilogue: Epilogue) -> tuple[Epilogue, int, float]:
+    """What of an epilogue is compiled if the rest is said at every call; and the rest: whether a residual is added, and the lowest result.
+
+    ReLU is a lowest result of 0. A network has most layers with and without either, and code for each would be compiled three times.
+    Other activations are compiled with all that comes before them.
+    """
+    if epilogue.activation not in ("none", "relu"):
+        return epilogue, 0, -math.inf
+    return Epilogue(scaled=epilogue.scaled), int(epilogue.residual), 0.0 if epilogue.activation == "relu" else -math.inf
+
+
+def finished_at_run_time(
+    epilogue: Epilogue, value: Any, lanes: int, scale: Any, shift: Any, residual: Any, added: Any, lowest: Any
+) -> Any:
+    """As :func:`finished`, for the first part of :func:`at_run_time` and the other two as scalars; the residual is read only if it is added."""
+    value = finished(epilogue, value, lanes, scale, shift, residual)
+    if epilogue.activation != "none":
+        return value
+    value = T.if_then_else(added > 0, value + residual, value)
+    lowest = T.broadcast(lowest, lanes)
+    # Not T.max: a NaN must stay one.
+    return T.Select(value < lowest, lowest, value)
+
+
 def _wide(value: float, lanes: int) -> Any:
     """``value`` in every lane."""
     return T.broadcast(T.float32(value), lanes) if lanes > 1 else T.float32(value)

@@ -15,7 +15,7 @@ import tvm
 from tvm.script import tirx as T
 
 from sift_compiler.lowering.epilogue import Epilogue
-from sift_compiler.runtimes.tvm.epilogue import finished
+from sift_compiler.runtimes.tvm.epilogue import finished_at_run_time
 from sift_compiler.runtimes.tvm.products import block_products
 from sift_compiler.runtimes.tvm.streaming import STREAM, STREAMED, streaming
 
@@ -29,7 +29,8 @@ def lane_tile(
     output is stored past the caches (see streaming).
 
     The function's arguments, in order: input X [groups of images, C, H, W, lanes]; the program's stream, and where each block begins in
-    it and in the values; packed values; bias, scale and shift [M] and residual, laid out as the output (read if the epilogue says so);
+    it and in the values; packed values; bias, scale and shift [M] and residual, laid out as the output (scale and shift
+    are read if the epilogue says so, the residual also if it is ``added``);
     first row and first column of each phase [2 · phases]; where the rows of a window lie
     [channels of a block · phases · rows], counted from its first position in the input; output Y [groups of images, M, H', W', lanes]; workspaces: windows and partial
     sums; then integers. Which pieces of tiles a worker computes
@@ -48,6 +49,7 @@ def lane_tile(
         C: T.int32, H: T.int32, W: T.int32, stride_y: T.int32, stride_x: T.int32, pad_y: T.int32, pad_x: T.int32,
         phases: T.int32, window_rows: T.int32, window_columns: T.int32, blocks: T.int32, block_channels: T.int32,
         groups: T.int32, M: T.int32, out_height: T.int32, out_width: T.int32,
+        added: T.int32, lowest: T.float32,
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
@@ -115,14 +117,14 @@ def lane_tile(
                     m: T.let[T.int32] = first_group * R + n
                     place: T.let[T.int32] = (((image * M + m) * out_height + top + j) * out_width + left + i) * L
                     if past_caches:
-                        T.evaluate(T.call_extern("void", STREAM, T.address_of(Y[place]), finished(
+                        T.evaluate(T.call_extern("void", STREAM, T.address_of(Y[place]), finished_at_run_time(
                             epilogue, S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L,
-                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)],
+                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)], added, lowest,
                         )))
                     else:
-                        Y[T.ramp(place, 1, L)] = finished(
+                        Y[T.ramp(place, 1, L)] = finished_at_run_time(
                             epilogue, S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L,
-                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)],
+                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)], added, lowest,
                         )
             if past_caches:
                 T.evaluate(T.call_extern("void", STREAMED))

@@ -18,6 +18,7 @@ from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.tvm import kernels
 from sift_compiler.runtimes.tvm.build import compiled
+from sift_compiler.runtimes.tvm.epilogue import at_run_time
 from sift_compiler.runtimes.tvm.lane_kernel import lane_tile
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
 from sift_compiler.runtimes.tvm.packed_mask import PackedMask
@@ -60,10 +61,11 @@ class LanePart:
         self._one = torch.ones(1)  # stands where the kernel reads nothing
         parallel = threads > 1
         output = 4 * choice.count * spec.out_channels * self._output[0] * self._output[1]
+        made, self._added, self._lowest = at_run_time(epilogue)
         self._values = ProgramValues(compiled(kernels.gather, cpu.name, parallel=parallel), threads, freeze)
         self._kernel = compiled(
             lane_tile, cpu.name, lanes=tile.vector, rows=tile.rows, height=tile.height, width=tile.width,
-            pitch=layout.window if tile.height > 1 else 0, parallel=parallel, epilogue=epilogue,
+            pitch=layout.window if tile.height > 1 else 0, parallel=parallel, epilogue=made,
             past_caches=output >= STREAMED_BYTES,
         )  # fmt: skip
 
@@ -117,7 +119,7 @@ class LanePart:
         return (
             _aligned(x), mask.stream, mask.block_column, mask.block_value, packed_values, bias,
             *(self._one if t is None else t.view(-1) for t in tensors), self._phase, self._rows_ahead, *pieces, y.view(-1), *self._workspaces(),
-            workers, self.threads, *self._geometry(),
+            workers, self.threads, *self._geometry(), self._added, self._lowest,
         )  # fmt: skip
 
     def _tiles(self, x: Tensor) -> int:
