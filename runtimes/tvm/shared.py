@@ -13,7 +13,8 @@ WORTH_A_WORKER = 20_000
 """Multiply-adds of vectors, about ten microseconds, below which waking a worker takes longer than its share."""
 
 
-@lru_cache(maxsize=4096)
+# Tables of a large batch take 100 KB: enough of them for the layers of a few networks, no more.
+@lru_cache(maxsize=256)
 def shared(tiles: int, segments: int, groups: int, workers: int) -> tuple[Tensor, Tensor]:
     """See :func:`sift_compiler.lowering.shares.shares`; pieces one after the other."""
     begins, pieces = shares(tiles, segments, groups, workers)
