@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from sift_compiler.lowering.dense_layers import call_kernel, dense_layers
+from sift_compiler.lowering.direct_calls import call_directly
 from sift_compiler.lowering.first_layers import take_first_layers
 from sift_compiler.lowering.fuse import Chain, find_chain, fuse, needs_gradients
 from sift_compiler.lowering.image_vectors import keep_image_vectors
@@ -110,7 +111,7 @@ def sift(
     prepare_ahead(graph_module.graph, example_inputs, (*compilation.kernels, *compilation.first), threads)
     compilation.refused = tuple((node.name, node.refusal) for node in nodes if node.refusal is not None)
     _announce(runtime.name, nodes, compilation)
-    run, compilation.rest = _compile_rest(graph_module, example_inputs, chosen.rest, inference and bool(taken))
+    run, compilation.rest = _compile_rest(graph_module, example_inputs, chosen, inference and bool(taken))
     _compilations.add(compilation)
     return _owning(run, compilation)
 
@@ -190,20 +191,26 @@ def _announce(runtime: str, nodes: Sequence[SparseNode], compilation: Compilatio
 
 
 def _compile_rest(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], rest: str, may_stay: bool
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions, may_stay: bool
 ) -> tuple[Compiled, str]:
     """Who runs the graph, and why. ``may_stay``: whether it is for inference and has sparse layers, so that little may be left to compile."""
-    if rest == "eager":
-        return graph_module.forward, "eager"
-    if rest == "auto" and may_stay:
+    if options.rest == "eager":
+        return _as_traced(graph_module, example_inputs, options), "eager"
+    if options.rest == "auto" and may_stay:
         found = traffic(graph_module.graph)
         if found is not None and found.share <= _WORTH_COMPILING:
-            return graph_module.forward, f"eager: fusing the rest would save {found}"
+            return _as_traced(graph_module, example_inputs, options), f"eager: fusing the rest would save {found}"
     reason = _no_inductor(_devices(example_inputs))
     if reason is not None:
         _say_once(reason)
-        return graph_module.forward, f"eager: {reason}"
+        return _as_traced(graph_module, example_inputs, options), f"eager: {reason}"
     return _inductor(graph_module, example_inputs), "inductor"
+
+
+def _as_traced(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions) -> Compiled:
+    if call_directly(graph_module.graph, example_inputs, options.freeze):
+        graph_module.recompile()
+    return graph_module.forward
 
 
 def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:

@@ -18,6 +18,7 @@ from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.plan import LayerPlan
 from sift_compiler.lowering.program import Program
+from sift_compiler.lowering.sharing import measured_loads
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.base import Specialisations
@@ -67,7 +68,7 @@ class TvmKernel:
         )
         self._input_gradient = InputGradient(spec, derived)
         self._watch = MaskWatch()
-        self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[AnyPart, ...]]] = {}
+        self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[AnyPart, ...], tuple[int, ...]]] = {}
         self._packed: dict[object, AnyPart] = {}
         self._programs: dict[object, Program] = {}
         # No method of this kernel: in a cycle it would outlive the compiled function.
@@ -79,13 +80,14 @@ class TvmKernel:
     def plan(self, input_shape: tuple[int, ...], index: Tensor | None = None) -> LayerPlan:
         """How an input of ``input_shape`` would be computed; nothing is compiled.
 
-        With the mask ``index`` what was measured counts, or is measured if the tuner may; without it only the rules do.
+        With the mask ``index`` its structure counts, and what was measured, or is measured if the tuner may; without it only the rules do.
         """
         self._check(input_shape)
         known = self._shapes.get(tuple(input_shape))
         if known is not None:
             return known[0]
-        parts = choose(self.spec, self._flat(input_shape), self.cpu)
+        loads = None if index is None else measured_loads(index.numpy(), self.spec)
+        parts = choose(self.spec, self._flat(input_shape), self.cpu, loads=loads)
         if index is not None:
             host, size, side_by_side = index.numpy(), self._size(input_shape), len(input_shape) == 5
             parts = tuple(
@@ -96,7 +98,7 @@ class TvmKernel:
     @property
     def plans(self) -> tuple[LayerPlan, ...]:
         """One for every input shape seen."""
-        return tuple(plan for plan, _ in self._shapes.values())
+        return tuple(plan for plan, _, _ in self._shapes.values())
 
     @property
     def programs(self) -> int:
@@ -116,7 +118,6 @@ class TvmKernel:
             self._follow(index)
         self._prepare(input_shape, index)
 
-    @torch.no_grad()
     def __call__(
         self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish = NOTHING
     ) -> Tensor:
@@ -124,17 +125,24 @@ class TvmKernel:
 
         With images side by side (see nn.image_vectors): [N / lanes, C, H, W, lanes] → [N / lanes, M, H', W', lanes].
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._call(x, values, index, bias, finish)
+        return self._call(x, values, index, bias, finish)
+
+    def _call(self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, finish: Finish) -> Tensor:
         if self._watch.moved(index):
             self._follow(index)
         shape = tuple(x.shape)
         prepared = self._shapes.get(shape)
         if prepared is None:
             prepared = self._prepare(shape, index)
-        x, values = x.detach().contiguous(), values.detach().contiguous()
-        bias = self._no_bias if bias is None else bias.detach().contiguous()
-        y = fresh_output(self._output_shape(shape))
+        x, values = _plain(x), _plain(values)
+        bias = self._no_bias if bias is None else _plain(bias)
+        _, parts, output_shape = prepared
+        y = fresh_output(output_shape)
         if y.numel():
-            self._run(prepared[1], x, values, bias, y, finish.contiguous())
+            self._run(parts, x, values, bias, y, finish.contiguous())
         self.specialisations.calls += 1
         return y
 
@@ -160,8 +168,8 @@ class TvmKernel:
         self, parts: tuple[AnyPart, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish
     ) -> None:
         linear = self.spec.kind == "linear"
-        source = x.view(-1, x.shape[-1]) if linear else x
-        target = y.view(-1, y.shape[-1]) if linear else y
+        source = x.view(-1, x.shape[-1]) if linear and x.dim() != 2 else x
+        target = y.view(-1, y.shape[-1]) if linear and y.dim() != 2 else y
         finish = finish.like(target)
         if self.spec.nnz == 0 or self.spec.in_channels == 0:
             target.copy_(bias if linear else bias.view(-1, *(1 for _ in target.shape[2:])))
@@ -201,7 +209,7 @@ class TvmKernel:
     # --- getting ready ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[LayerPlan, tuple[AnyPart, ...]]:
+    def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[LayerPlan, tuple[AnyPart, ...], tuple[int, ...]]:
         plan = self.plan(shape, index)
         size = self._size(shape)
         begin = time.perf_counter()
@@ -213,8 +221,8 @@ class TvmKernel:
         self.specialisations.build_ms += 1e3 * (time.perf_counter() - begin)
         self._pack(parts, index)
         _log.info("%s: %s for %s (%s)", self.name, " + ".join(str(p.tile) for p in plan.parts), shape, plan.reason)
-        self._shapes[shape] = (plan, parts)
-        return plan, parts
+        self._shapes[shape] = (plan, parts, self._output_shape(shape))
+        return self._shapes[shape]
 
     def _pack(self, parts: Sequence[AnyPart], index: Tensor) -> None:
         """Bring ``parts`` up to date with the mask. Those that order it alike, for other sizes of batch, share one program."""
@@ -236,7 +244,7 @@ class TvmKernel:
             raise UserError(
                 f"{self.name}: the kernel was built for {self.spec.nnz} kept weights, the index has {index.numel()}."
             )
-        parts = [part for _, parts in self._shapes.values() for part in parts]
+        parts = [part for _, parts, _ in self._shapes.values() for part in parts]
         if parts:
             begin = time.perf_counter()
             self._packed.clear()
@@ -282,6 +290,11 @@ class TvmKernel:
         if self.spec.kind == "linear":
             return (*shape[:-1], self.spec.out_channels)
         return (shape[0], self.spec.out_channels, *self.spec.output_size(shape[2], shape[3]), *shape[4:])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor as kernels take it, contiguous and without gradients."""
+    return tensor.detach().contiguous() if tensor.requires_grad or not tensor.is_contiguous() else tensor
 
 
 def _known(watch: MaskWatch, programs: Mapping[object, Program], key: object, index: Tensor) -> Program | None:

@@ -33,13 +33,26 @@ def fresh_output(shape: tuple[int, ...]) -> Tensor:
     if size < _LARGE:
         return torch.empty(shape)
     kept: list[_Block] = _local.__dict__.setdefault("kept", [])
-    fitting = [block for block in kept if size <= block.size <= _ROOMY * size and block.unused]
-    block = min(fitting, key=lambda block: block.size) if fitting else _Block(size)
-    kept[:] = [other for other in kept if other is not block]
+    block = _fitting(kept, size)
+    if block is None:
+        block = _Block(size)
+    else:
+        kept.remove(block)
     # The least recently used goes first; one that is still in use merely is not kept.
     kept.append(block)
     del kept[:-_MOST_KEPT]
     return torch.empty(0).set_(block.storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+
+
+def _fitting(kept: list[_Block], size: int) -> _Block | None:
+    """The smallest unused block that is large enough and not too large, None if there is none."""
+    best = None
+    for block in kept:
+        if size <= block.size <= _ROOMY * size and (best is None or block.size < best.size) and block.unused:
+            if block.size == size:
+                return block
+            best = block
+    return best
 
 
 class _Block:

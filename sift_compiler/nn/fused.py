@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,15 +65,15 @@ class Finish:
     def contiguous(self) -> Finish:
         """The same, detached and contiguous."""
         tensors = (self.scale, self.shift, self.residual)
-        return (
-            self
-            if all(t is None for t in tensors)
-            else Finish(*(t if t is None else t.detach().contiguous() for t in tensors))
-        )
+        if all(t is None or (t.is_contiguous() and not t.requires_grad) for t in tensors):
+            return self
+        return Finish(*(t if t is None else t.detach().contiguous() for t in tensors))
 
     def like(self, y: Tensor) -> Finish:
         """The same with the residual in the shape of ``y``."""
-        return self if self.residual is None else dataclasses.replace(self, residual=self.residual.view(y.shape))
+        if self.residual is None or self.residual.shape == y.shape:
+            return self
+        return dataclasses.replace(self, residual=self.residual.view(y.shape))
 
     def rows(self, first: int, last: int) -> Finish:
         """What images (tokens) from ``first`` to before ``last`` need."""
@@ -91,6 +91,34 @@ class Finish:
 
 
 NOTHING = Finish()
+
+
+Norm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Mean, variance, weight and bias of a batch norm, each [M] or None."""
+
+
+class KeptNorm:
+    """:meth:`Finish.of_norm`, whose scale and shift are kept until it is given other tensors or a version says that one was changed in place.
+
+    Changes that no version counts (through ``.data`` or a NumPy view) go unnoticed.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[Tensor | None, ...] = ()
+        self._state: tuple[object, ...] = ()
+        self._kept = NOTHING
+
+    def finish(self, norm: Norm, eps: float, residual: Tensor | None) -> Finish:
+        """The epilogue of ``norm`` and an addition."""
+        if norm[0] is None:
+            return NOTHING if residual is None else Finish(residual=residual)
+        # Memory besides versions, for ``.data`` that is given anew; tensors made in inference mode count none.
+        state = tuple(None if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for t in norm)
+        if state != self._state:
+            # Aliases hold the memory, so that it is not given to others.
+            self._held = tuple(None if t is None else t.detach() for t in norm)
+            self._kept, self._state = Finish.of_norm(*norm, eps, None).contiguous(), state
+        return self._kept if residual is None else Finish(self._kept.scale, self._kept.shift, residual)
 
 
 class FusedKernel(Protocol):
@@ -120,6 +148,25 @@ def conv2d_fused(
         return _kernel(kernel_handle)(x, values, index, bias, finish)
     y = by_image(lambda x: reference.conv2d(x, values, index, bias, shape, stride, padding, dilation, groups), x)
     return finish.apply(y, activation, 1).contiguous()
+
+
+def direct(freeze: bool) -> Callable[..., Tensor]:
+    """What does as :func:`conv2d_fused` and :func:`linear_fused` with a kernel do, given the same arguments, without the dispatcher.
+
+    With ``freeze`` it belongs to one layer and keeps the layer's scale and shift (see :class:`KeptNorm`).
+    """
+    kept = KeptNorm() if freeze else None
+
+    def call_kernel(
+        x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, norm_mean: Tensor | None,
+        norm_variance: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+        residual: Tensor | None, *rest: Any,
+    ) -> Tensor:  # fmt: skip
+        norm = (norm_mean, norm_variance, norm_weight, norm_bias)
+        finish = Finish.of_norm(*norm, eps, residual) if kept is None else kept.finish(norm, eps, residual)
+        return _kernel(rest[-1])(x, values, index, bias, finish)
+
+    return call_kernel
 
 
 @conv2d_fused.register_fake

@@ -57,6 +57,13 @@ def max_pool2d(
     return reference_max_pool2d(x, kernel, stride, padding)
 
 
+def pool_directly(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], kernel_handle: int
+) -> Tensor:
+    """:func:`max_pool2d` with a kernel, without the dispatcher."""
+    return cast(Pool, live.lookup(kernel_handle))(x, kernel, stride, padding)
+
+
 @max_pool2d.register_fake
 def _(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], kernel_handle: int = 0
