@@ -17,7 +17,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from sift_compiler.lowering.program import END
+from sift_compiler.lowering.program import END, SKIP
 
 MARKS = 32
 """Columns marked in one 64-bit word: TVM reckons without wrap-around, so neither the sign nor a carry into it is used."""
@@ -81,19 +81,22 @@ def pack_mask(*, rows: int, name: str) -> Any:
 
     @T.macro
     def to_buckets(BC, BV, F, FC, FV, groups, blocks, segments):
-        done = T.alloc_buffer((2,), "int32", scope="local")
+        done = T.alloc_buffer((3,), "int32", scope="local")
         done[0] = 0
         done[1] = 0
         for b, s in T.grid(blocks, segments):
             FC[b * segments + s] = done[0]
             FV[b * segments + s] = done[1]
             for g in range((s + 1) * groups // segments - s * groups // segments):
+                done[2] = done[0]
                 for p in T.unroll(NP):
                     bucket: T.int32 = (b * groups + s * groups // segments + g) * NP + p
                     count: T.int32 = BC[bucket]
                     BC[bucket] = done[0]
                     BV[bucket] = done[1]
                     F[done[0] + count] = END
+                    if p > 0 and p == NP - 1 and done[0] == done[2] + NP - 1:
+                        F[done[2]] = SKIP
                     done[0] = done[0] + count + 1
                     done[1] = done[1] + count * T.popcount(p + 1)
 

@@ -13,10 +13,13 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from sift_compiler.lowering.program import SKIP
 from sift_compiler.runtimes.tvm.registers import IN_REGISTERS, registers
 from sift_compiler.runtimes.tvm.subroutines import SUBROUTINE
 
 _MOST = 2**31 - 1
+_CHECKED_ROWS = 2
+"""With so many rows and fewer, looking whether all buckets but the last are empty takes as long as passing them."""
 
 
 # fmt: off
@@ -36,24 +39,36 @@ def group_products(*, lanes: int, rows: int, height: int, width: int, pitch: int
     A loop over a bucket ends at a sentinel in the stream: a counted loop would be unrolled by LLVM, and its odd iterations would cost
     a second branch miss per bucket.
     """
-    L, R, NV = lanes, rows, height * width
+    L, R, NV, NP = lanes, rows, height * width, (1 << rows) - 1
+
+    @T.macro
+    def add_bucket(acc, stream, values, window, column, value, begin, p):
+        while stream[column[0]] >= 0:
+            for j in T.unroll(height):
+                for i in T.unroll(width):
+                    for r in T.unroll(R):
+                        if ((p + 1) >> r) & 1 == 1:
+                            acc[T.ramp((r * NV + j * width + i) * L, 1, L)] = (
+                                acc[T.ramp((r * NV + j * width + i) * L, 1, L)]
+                                + T.broadcast(values[value[0] + T.popcount((p + 1) & ((1 << r) - 1))], L)
+                                * window[T.ramp(begin + T.cast(stream[column[0]], "int64") + T.int64(j * pitch + i * L), 1, L)]
+                            )
+            column[0] = column[0] + T.int64(1)
+            value[0] = value[0] + T.popcount(p + 1)
+        column[0] = column[0] + T.int64(1)
 
     @T.macro
     def add_products(acc, stream, values, window, column, value, begin):
-        for p in T.unroll((1 << R) - 1):
-            while stream[column[0]] >= 0:
-                for j in T.unroll(height):
-                    for i in T.unroll(width):
-                        for r in T.unroll(R):
-                            if ((p + 1) >> r) & 1 == 1:
-                                acc[T.ramp((r * NV + j * width + i) * L, 1, L)] = (
-                                    acc[T.ramp((r * NV + j * width + i) * L, 1, L)]
-                                    + T.broadcast(values[value[0] + T.popcount((p + 1) & ((1 << r) - 1))], L)
-                                    * window[T.ramp(begin + T.cast(stream[column[0]], "int64") + T.int64(j * pitch + i * L), 1, L)]
-                                )
-                column[0] = column[0] + T.int64(1)
-                value[0] = value[0] + T.popcount(p + 1)
-            column[0] = column[0] + T.int64(1)
+        if R > _CHECKED_ROWS:
+            if stream[column[0]] == SKIP:
+                column[0] = column[0] + T.int64(NP - 1)
+            else:
+                for p in T.unroll(NP - 1):
+                    add_bucket(acc, stream, values, window, column, value, begin, p)
+            add_bucket(acc, stream, values, window, column, value, begin, NP - 1)
+        else:
+            for p in T.unroll(NP):
+                add_bucket(acc, stream, values, window, column, value, begin, p)
 
     return add_products
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.packing import packing
-from sift_compiler.lowering.program import END, Program
+from sift_compiler.lowering.program import Program
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.lowering.tile import Tile
 from sift_compiler.runtimes.tvm import kernels
@@ -41,7 +41,7 @@ class _Mask:
     def of(cls, program: Program, tile: Tile) -> _Mask:
         lanes, patterns = tile.vector, tile.patterns
         rows_in = np.array([bin(p).count("1") for p in range(1, patterns + 1)])
-        closed = np.flatnonzero(program.stream == END)
+        closed = np.flatnonzero(program.stream < 0)
         columns = np.diff(closed, prepend=-1) - 1
         counts = (columns.reshape(-1, patterns) * rows_in).sum(1)
         padded = -(-counts // lanes) * lanes

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.lowering.sharing import measured_loads
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.runtimes.tvm.part import Code
 from sift_compiler.runtimes.tvm.prepare import LayerPart, prepare
@@ -69,7 +70,7 @@ def emit_sparse_layer(builder: Any, x: Any, input_shape: tuple[int, ...], layer:
         return builder.emit(relax.const(constant.numpy()))
     x = builder.emit(relax.op.reshape(x, (items, *inner)))
     pieces, done = [], 0
-    for choice in choose(spec, (items, *inner), cpu):
+    for choice in choose(spec, (items, *inner), cpu, loads=measured_loads(layer.index.numpy(), spec)):
         part = prepare(spec, choice, size, cpu, threads=1)
         order = part.repack(layer.index.numpy()).order
         piece = builder.emit(_slice(x, choice.first, choice.count, (items, *inner)))

@@ -15,6 +15,7 @@ from sift_compiler.ir.pattern import EMPTY, entry_of
 from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.program import Program
+from sift_compiler.lowering.sharing import measured_loads
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn import reference
 from sift_compiler.runtimes.base import Specialisations
@@ -102,8 +103,9 @@ class ValuesGradient:
 
     def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[_Stretch, ...]:
         size = (shape[2], shape[3]) if self._spec.kind == "conv2d" else (1, 1)
+        loads = measured_loads(index.numpy(), self._spec)
         begin, stretches, done = time.perf_counter(), [], 0
-        for choice in choose(self._spec, shape, self._cpu, whole_vectors=True):
+        for choice in choose(self._spec, shape, self._cpu, whole_vectors=True, loads=loads):
             part = SampledPart(self._spec, choice.tile, choice.count, size, self._cpu, self._threads)
             self._counters.builds += 1
             self._repack(part, index)

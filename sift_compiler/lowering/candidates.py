@@ -39,9 +39,10 @@ def candidates(spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuF
 
 
 def _reshaped(tile: Tile, spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts) -> list[Tile]:
-    """The best two shapes of each number of rows, by :func:`_merit`; the window, and so the block, stays about as large."""
+    """The best two shapes of each number of rows, by :func:`_merit`; the window, and so the block, stays about as large. More than three rows
+    only if the rules took them: they saw that the mask shares loads."""
     made: list[tuple[float, Tile]] = []
-    for rows in (1, 2, 3):
+    for rows in sorted({1, 2, 3, tile.rows}):
         most = max(1, (cpu.registers - _WORKING_REGISTERS) // rows)
         shapes = [
             (height, width)

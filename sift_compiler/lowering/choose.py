@@ -1,7 +1,8 @@
 """Choose tiles for a layer, an input shape and a processor: a pure function with a reason in words.
 
 The rules come from measurements (docs/performance.md). Up to about 65 % sparsity the multiply-add units are the limit, so three rows
-share every load of x; above, few columns are shared, loads and cache are the limit, and a wider tile with fewer rows wins.
+share every load of x; above, few columns are shared, loads and cache are the limit, and a wider tile with fewer rows wins. Where a
+mask shares more loads between R rows than a random one would, as masks in blocks of R rows do, R rows are weighed by what they save.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from sift_compiler.lowering.choose_rows import choose_rows
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.plan import Choice
+from sift_compiler.lowering.sharing import MOST_ROWS, Loads, unstructured_loads
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.lowering.tile import Tile
 
@@ -16,25 +18,43 @@ _UNALIGNED = 1.2
 """Lanes over positions read x across cache lines: measured time against lanes over images."""
 
 
-def _rows(sparsity: float) -> tuple[int, ...]:
-    """Rows worth a try. Three share loads best; but their partial sums leave room for fewer vectors, and above 80 % little is shared."""
-    return (3, 2) if sparsity <= 0.8 else (2, 1)
+_SAVED = 0.1
+"""Share of the loads of x that a mask must save against a random one before its rows are weighed by it: less is chance."""
+_FEW_LOADS = 0.3
+_WORTH_OF_A_LOAD = 0.4
+"""Time that a tile saves with every load of x per kept weight that it saves (measured)."""
+
+
+def _saved(spec: LayerSpec, loads: Loads | None) -> dict[int, float]:
+    """Loads of x per kept weight that 1 to 4 rows save against a random mask of the same density; 0 where it is as good as random."""
+    random = unstructured_loads(1 - spec.sparsity)
+    saved = (0.0,) * MOST_ROWS if loads is None else (r - one for r, one in zip(random, loads, strict=True))
+    return {rows: one if one > _SAVED else 0.0 for rows, one in enumerate(saved, 1)}
+
+
+def _rows(spec: LayerSpec, saved: dict[int, float]) -> tuple[int, ...]:
+    """Rows worth a try. Three share loads best; but their partial sums leave room for fewer vectors, and above 80 % little is shared,
+    unless the mask has blocks of rows."""
+    random = (3, 2) if spec.sparsity <= 0.8 else (2, 1)
+    return (*random, *(rows for rows, one in saved.items() if one and rows not in random))
 
 
 def _most_vectors(rows: int, cpu: CpuFacts) -> int:
-    """Vectors per row: partial sums may take two thirds of the registers; beyond that they measure slower although they would fit."""
-    return max(1, min(8 if rows > 1 else 16, cpu.registers * 22 // 32 // rows))
+    """Vectors per row: partial sums may take two thirds of the registers, with four rows all that x and the weights leave; beyond that
+    they measure slower although they would fit."""
+    sums = cpu.registers - rows - 1 if rows == MOST_ROWS else cpu.registers * 22 // 32
+    return max(1, min(8 if rows > 1 else 16, sums // rows))
 
 
-def _block(spec: LayerSpec, vectors: int, bytes_per_channel: int, cpu: CpuFacts) -> int:
+def _block(spec: LayerSpec, vectors: int, bytes_per_channel: int, cpu: CpuFacts, saved: float) -> int:
     """Input channels per block.
 
     The window should share the first-level cache with partial sums that stream by. But a block must keep some weights per row (18 to
     40, the more the fewer vectors each serves), or going back to the partial sums costs more than reading some of x from the second
-    level; up to twice the first level pays.
+    level; up to twice the first level pays, and so it does where few loads are left (``saved`` per kept weight).
     """
     kept_per_channel = max(1 - spec.sparsity, 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] / spec.groups
-    comfortable = 0.87 * cpu.l1_bytes / bytes_per_channel
+    comfortable = (1.74 if saved > _FEW_LOADS else 0.87) * cpu.l1_bytes / bytes_per_channel
     most = min(
         max(comfortable, max(18, 42 - 2 * vectors) / kept_per_channel),
         2 * cpu.l1_bytes / bytes_per_channel,
@@ -43,14 +63,14 @@ def _block(spec: LayerSpec, vectors: int, bytes_per_channel: int, cpu: CpuFacts)
     return -(-spec.in_channels // -(-spec.in_channels // max(1, int(most))))
 
 
-def _cost(spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int) -> float:
+def _cost(spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int, saved: float) -> float:
     """Relative time per useful multiply-add: ``waste`` vectors per useful one, a fixed cost per kept weight and tile that ``vectors`` share,
-    and one per row and block that the kept weights of ``channels`` share (constants fitted to measurements)."""
+    one per row and block that the kept weights of ``channels`` share, and what ``saved`` loads of x spare (constants fitted to measurements)."""
     density = 1 - spec.sparsity
     fewer_shared = 1 + 0.32 * max(0.0, density - 0.25) * (3 - rows)
-    more_loops = 1.05 if density < 0.2 and rows > 1 else 1.0
+    more_loops = 1.05 if density < 0.2 and rows > 1 and not saved else 1.0
     kept = max(density, 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] * channels / spec.groups
-    return waste * (1 + 0.9 / vectors) * (1 + 5 / kept) * fewer_shared * more_loops
+    return waste * (1 + 0.9 / vectors) * (1 + 5 / kept) * fewer_shared * more_loops * (1 - _WORTH_OF_A_LOAD * saved)
 
 
 def _copying(spec: LayerSpec, window: int, vectors: int) -> float:
@@ -68,21 +88,22 @@ def _halo(spec: LayerSpec) -> tuple[int, int, int]:
     return reach[0] // spec.stride[0], reach[1] // spec.stride[1], phases
 
 
-def _image_tile(spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts) -> tuple[Tile, float]:
+def _image_tile(spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts, loads: Loads | None) -> tuple[Tile, float]:
     """Best tile with lanes over images, and its cost (see :func:`_cost`)."""
     halo_y, halo_x, phases = _halo(spec)
+    saved = _saved(spec, loads)
 
     def tile(rows: int, height: int, width: int) -> tuple[float, Tile]:
         vectors = height * width
         waste = -(-output[0] // height) * -(-output[1] // width) * vectors / (output[0] * output[1])
         window = (height + halo_y) * (width + halo_x) * phases
-        channels = _block(spec, vectors, window * cpu.lanes * 4, cpu)
+        channels = _block(spec, vectors, window * cpu.lanes * 4, cpu, saved[rows])
         made = Tile(lanes="batch", vector=cpu.lanes, rows=rows, height=height, width=width, channels=channels)
-        return _cost(spec, rows, waste, vectors, channels) * _copying(spec, window, vectors), made
+        return _cost(spec, rows, waste, vectors, channels, saved[rows]) * _copying(spec, window, vectors), made
 
     candidates = [
         tile(rows, height, width)
-        for rows in _rows(spec.sparsity)
+        for rows in _rows(spec, saved)
         for height in range(1, min(output[0], _most_vectors(rows, cpu)) + 1)
         for width in range(1, min(output[1], _most_vectors(rows, cpu) // height) + 1)
     ]
@@ -91,23 +112,21 @@ def _image_tile(spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts) -> tupl
 
 
 def _space_tile(
-    spec: LayerSpec, images: int, output: tuple[int, int], size: tuple[int, int], cpu: CpuFacts
+    spec: LayerSpec, images: int, output: tuple[int, int], size: tuple[int, int], cpu: CpuFacts, loads: Loads | None
 ) -> tuple[Tile, float]:
     """Best tile with lanes over neighbouring positions of all images, and its cost."""
     halo_y, halo_x, phases = _halo(spec)
-    pitch = output[1] + halo_x
+    pitch, saved = output[1] + halo_x, _saved(spec, loads)
     positions = ((images - 1) * (output[0] + halo_y) + output[0]) * pitch
 
     def tile(rows: int, width: int) -> tuple[float, Tile]:
         step = width * cpu.lanes
         waste = -(-positions // step) * step / (images * output[0] * output[1])
-        channels = _block(spec, width, (step + halo_y * pitch + halo_x) * phases * 4, cpu)
+        channels = _block(spec, width, (step + halo_y * pitch + halo_x) * phases * 4, cpu, saved[rows])
         made = Tile(lanes="space", vector=cpu.lanes, rows=rows, width=width, channels=channels)
-        return _cost(spec, rows, waste, width, channels) * _UNALIGNED, made
+        return _cost(spec, rows, waste, width, channels, saved[rows]) * _UNALIGNED, made
 
-    candidates = [
-        tile(rows, width) for rows in _rows(spec.sparsity) for width in range(1, _most_vectors(rows, cpu) + 1)
-    ]
+    candidates = [tile(rows, width) for rows in _rows(spec, saved) for width in range(1, _most_vectors(rows, cpu) + 1)]
     cost, best = min(candidates, key=lambda candidate: candidate[0])
     return best, cost
 
@@ -116,17 +135,17 @@ def _describe(spec: LayerSpec, tile: Tile) -> str:
     return f"sparsity {spec.sparsity:.2f}: {tile.rows} rows share each load"
 
 
-def _choose_images(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts) -> tuple[Choice, ...]:
+def _choose_images(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts, loads: Loads | None) -> tuple[Choice, ...]:
     count, size = shape[0], (shape[2], shape[3])
     output, lanes = spec.output_size(*size), cpu.lanes
     groups, rest = divmod(count, lanes)
-    images, image_cost = _image_tile(spec, output, cpu)
+    images, image_cost = _image_tile(spec, output, cpu, loads)
     parts = []
     if groups:
         reason = f"{_describe(spec, images)}; lanes over {lanes} images, relative cost {image_cost:.2f}"
         parts.append(Choice(tile=images, first=0, count=groups * lanes, reason=reason))
     if rest:
-        space, space_cost = _space_tile(spec, rest, output, size, cpu)
+        space, space_cost = _space_tile(spec, rest, output, size, cpu, loads)
         padded_cost = image_cost * lanes / rest
         if space_cost < padded_cost:
             reason = f"{_describe(spec, space)}; {rest} images fill no vector: lanes over positions, relative cost {space_cost:.2f} against {padded_cost:.2f}"
@@ -137,26 +156,26 @@ def _choose_images(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts) -> tu
     return tuple(parts)
 
 
-def _choose_image_vectors(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts) -> Choice:
+def _choose_image_vectors(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts, loads: Loads | None) -> Choice:
     """The tile of a convolution whose input lies with images side by side: ``shape`` is (groups of images, C, H, W, lanes)."""
-    tile, cost = _image_tile(spec, spec.output_size(shape[2], shape[3]), cpu)
+    tile, cost = _image_tile(spec, spec.output_size(shape[2], shape[3]), cpu, loads)
     reason = f"{_describe(spec, tile)}; images stay side by side between sparse layers, relative cost {cost:.2f}"
     return Choice(tile=tile, first=0, count=shape[0] * shape[4], reason=reason)
 
 
-def _choose_tokens(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> tuple[Choice, ...]:
-    lanes = cpu.lanes
+def _choose_tokens(spec: LayerSpec, tokens: int, cpu: CpuFacts, loads: Loads | None) -> tuple[Choice, ...]:
+    lanes, saved = cpu.lanes, _saved(spec, loads)
 
     def tile(rows: int, width: int) -> tuple[float, Tile]:
         step = width * lanes
         waste = -(-tokens // step) * step / tokens
-        channels = _block(spec, width, step * 4, cpu)
+        channels = _block(spec, width, step * 4, cpu, saved[rows])
         made = Tile(lanes="batch", vector=lanes, rows=rows, width=width, channels=channels)
-        return _cost(spec, rows, waste, width, channels), made
+        return _cost(spec, rows, waste, width, channels, saved[rows]), made
 
     candidates = [
         tile(rows, width)
-        for rows in _rows(spec.sparsity)
+        for rows in _rows(spec, saved)
         for width in range(1, min(_most_vectors(rows, cpu), max(1, tokens // lanes)) + 1)
     ]
     cost, best = min(candidates, key=lambda candidate: candidate[0])
@@ -165,7 +184,12 @@ def _choose_tokens(spec: LayerSpec, tokens: int, cpu: CpuFacts) -> tuple[Choice,
 
 
 def choose(
-    spec: LayerSpec, input_shape: tuple[int, ...], cpu: CpuFacts, *, whole_vectors: bool = False
+    spec: LayerSpec,
+    input_shape: tuple[int, ...],
+    cpu: CpuFacts,
+    *,
+    whole_vectors: bool = False,
+    loads: Loads | None = None,
 ) -> tuple[Choice, ...]:
     """Tiles for one layer.
 
@@ -174,6 +198,7 @@ def choose(
         input_shape: ``(N, C, H, W)``, or ``(tokens, in)`` for a linear layer, or ``(N / lanes, C, H, W, lanes)`` with images side by side.
         cpu: the processor.
         whole_vectors: leave out what serves few tokens only: lanes are whole vectors of images, positions or tokens.
+        loads: how many loads of x the mask needs (see :func:`sharing.measured_loads`); by default those of a random one.
 
     Returns:
         The parts of the batch and their tiles; empty for an empty batch. Where ``count`` reaches past the batch, the lanes that are
@@ -183,7 +208,7 @@ def choose(
         return ()
     if spec.kind == "linear":
         rows = None if whole_vectors else choose_rows(spec, input_shape[0], cpu)
-        return _choose_tokens(spec, input_shape[0], cpu) if rows is None else (rows,)
+        return _choose_tokens(spec, input_shape[0], cpu, loads) if rows is None else (rows,)
     if len(input_shape) == 5:
-        return (_choose_image_vectors(spec, input_shape, cpu),)
-    return _choose_images(spec, input_shape, cpu)
+        return (_choose_image_vectors(spec, input_shape, cpu, loads),)
+    return _choose_images(spec, input_shape, cpu, loads)

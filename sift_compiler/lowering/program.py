@@ -24,6 +24,9 @@ Int32 = npt.NDArray[np.int32]
 
 END = -1
 """Closes a bucket in the stream; offsets are never negative."""
+SKIP = -2
+"""Closes the first bucket of a group in which no column has but some of the rows: all buckets but the last are empty. A kernel may go on to
+the last one at once, or take it for ``END``. Blocks of R rows are such masks, and dense rows."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Program:
     """A mask as data.
 
     Attributes:
-        stream: int32 [columns + buckets]; for each block, group and pattern in turn the columns of that bucket, closed by ``END``. A
+        stream: int32 [columns + buckets]; for each block, group and pattern in turn the columns of that bucket, closed by ``END`` or ``SKIP``. A
             column is where its input begins in the block's window, in float32 numbers. The columns take their values in the order
             of the stream, one per row of the pattern, rows ascending.
         block_column: int32 [blocks · segments], where each segment of a block begins in the stream: segment s of S has the groups from
@@ -129,5 +132,8 @@ def pack(
         for lane_in in range(rows_in[p - 1]):
             order[target + lane_in] = slots[first[chosen] + lane_in]
     begins = np.arange(blocks)[:, None] * groups + np.arange(segments) * groups // segments
+    if patterns > 1:
+        first_of, some = column_start[::patterns], counts.reshape(-1, patterns)[:, :-1].any(1)
+        stream[first_of[~some]] = SKIP
     block_column, block_value = (a[begins.ravel() * patterns].astype(np.int32) for a in (column_start, value_start))
     return Program(stream, block_column, block_value, order, groups, blocks)

@@ -20,7 +20,7 @@ def unpack(program: Program, spec: LayerSpec, rows: int, channels: int, offsets:
         assert program.block_value[block] == value
         for group in range(program.groups):
             for p in range(1, 2**rows):
-                while program.stream[at] != END:
+                while program.stream[at] >= 0:
                     c, tap = where[int(program.stream[at])]
                     for row in (group * rows + r for r in range(rows) if p >> r & 1):
                         channel = (
