@@ -15,6 +15,7 @@ from typing import Any
 from sift_compiler.errors import RuntimeBuildError
 from sift_compiler.runtimes.cache import Form, KernelCache, default_folder
 from sift_compiler.runtimes.fingerprint import Fingerprint, source_digest
+from sift_compiler.runtimes.tvm.launch import redirect
 from sift_compiler.runtimes.tvm.target import llvm_target
 
 _log = logging.getLogger(__name__)
@@ -148,4 +149,10 @@ def _read(path: Path) -> Any:
     return tvm.runtime.load_module(str(path))
 
 
-_FORMS = {"so": Form(_write_library, _read), "ll": Form(_write_llvm, _read)}
+def _read_library(path: Path) -> Any:
+    module = _read(path)
+    redirect(path)
+    return module
+
+
+_FORMS = {"so": Form(_write_library, _read_library), "ll": Form(_write_llvm, _read)}

@@ -1,4 +1,4 @@
-"""This machine, as TVM's LLVM sees it, and TVM's thread pool."""
+"""This machine and others that code is made for, as TVM's LLVM sees them, and TVM's thread pool."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import functools
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from sift_compiler.lowering.cpu import CpuFacts
+from sift_compiler.runtimes.tvm.launch import ensure_openmp_threads
 
 _log = logging.getLogger(__name__)
 _pool_lock = threading.Lock()
 _pool_threads = 0
+
+
+TRIPLES: Mapping[str, dict[str, Any]] = {"aarch64-linux-gnu": {"mcpu": "generic", "mattr": ["+neon"]}}
+"""Platforms other than this machine's that code can be made for, and what every processor of theirs has. Their names stand where a
+processor's does."""
 
 
 def _cache_bytes(level: int, otherwise: int) -> int:
@@ -40,7 +47,7 @@ def host_cpu() -> CpuFacts:
 
 @functools.cache
 def cpu_facts(name: str) -> CpuFacts:
-    """What LLVM knows about the processor it calls ``name``."""
+    """What LLVM knows about the processor it calls ``name``, or about any of a platform in :data:`TRIPLES`."""
     import tvm
 
     target = llvm_target(name)
@@ -56,7 +63,9 @@ def cpu_facts(name: str) -> CpuFacts:
         lanes, registers = 8, 16
     else:
         lanes, registers = 4, 16 if x86 else 32
-    caches = _cache_bytes(1, 32 * 1024), _cache_bytes(2, 1024 * 1024)
+    caches = 32 * 1024, 1024 * 1024
+    if name not in TRIPLES:
+        caches = _cache_bytes(1, caches[0]), _cache_bytes(2, caches[1])
     return CpuFacts(name=name, lanes=lanes, registers=registers, l1_bytes=caches[0], l2_bytes=caches[1])
 
 
@@ -68,14 +77,15 @@ def gather_instruction(name: str) -> Literal["avx512", "avx2", "loads"]:
 
 @functools.cache
 def llvm_target(cpu: str) -> Any:
-    """TVM's target for a processor."""
+    """TVM's target for a processor, or for one of :data:`TRIPLES`."""
     import tvm
 
-    return tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": os.cpu_count() or 1})
+    what = {"mtriple": cpu, **TRIPLES[cpu]} if cpu in TRIPLES else {"mcpu": cpu}
+    return tvm.target.Target({"kind": "llvm", **what, "num-cores": os.cpu_count() or 1})
 
 
 def ensure_pool(threads: int) -> None:
-    """Make sure that TVM's pool has at least ``threads`` workers, without pinning any thread.
+    """Make sure that parallel loops run on at least ``threads`` threads, of OpenMP (see launch) and of TVM, without pinning any.
 
     TVM starts its pool at the first parallel call and then binds its workers *and the calling thread* to cores, unless
     TVM_BIND_THREADS says 0; a pinned main thread would slow everything else in a torch process, so it is set unless the
@@ -97,4 +107,5 @@ def ensure_pool(threads: int) -> None:
             available = int(tvm.get_global_func("runtime.NumThreads")())
         if available < threads:
             _log.warning("TVM's pool has %d threads, %d were asked for (TVM_NUM_THREADS).", available, threads)
+        ensure_openmp_threads(threads)
         _pool_threads = threads
