@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sift_compiler.lowering.program import END, Program, pack
+from sift_compiler.lowering.program import Program, pack
 from sift_compiler.lowering.specification import LayerSpec
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sift_compiler.lowering.program import Program, pack
+from sift_compiler.lowering.program import SKIP, Program, pack
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
 from sift_compiler.runtimes.tvm.target import host_cpu
@@ -48,6 +48,20 @@ def test_every_entry_is_that_of_the_reference(
             index[::empty] = -1 - index[::empty]
         expected = pack(index, spec, rows, channels, offsets, taps * 3, segments=3)
         assert_equal(packer.pack(torch.from_numpy(index)), expected)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+@pytest.mark.parametrize("block", [2, 4])
+def test_blocks_of_rows_skip_empty_buckets(rows: int, block: int) -> None:
+    mask = (np.random.default_rng(0).random((6, 10, 3, 3)) < 0.2).repeat(block, 0)
+    index = np.random.default_rng(1).permutation(np.flatnonzero(mask)).astype(np.int32)
+    spec = LayerSpec(kind="conv2d", weight_shape=mask.shape, nnz=index.size)
+    offsets = np.arange(9, dtype=np.int32) * 16
+    packer = MaskPacker(spec, rows, 4, offsets, 9 * 16, host_cpu().name, segments=2)
+    made = packer.pack(torch.from_numpy(index))
+    assert_equal(made, pack(index, spec, rows, 4, offsets, 9 * 16, segments=2))
+    if block % rows == 0:
+        assert np.count_nonzero(made.stream == SKIP) == made.groups * made.blocks
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
