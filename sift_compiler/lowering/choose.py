@@ -14,14 +14,14 @@ from sift_compiler.lowering.sharing import MOST_ROWS, Loads, unstructured_loads
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.lowering.tile import Tile
 
-_UNALIGNED = 1.2
-"""Lanes over positions read x across cache lines: measured time against lanes over images."""
-
-
+_SHARED = 0.8
+"""Sparsity up to which rows of a random mask share loads worth the while."""
+_LINE = 16
+"""float32 numbers of a cache line."""
 _SAVED = 0.1
 """Share of the loads of x that a mask must save against a random one before its rows are weighed by it: less is chance."""
 _FEW_LOADS = 0.3
-_WORTH_OF_A_LOAD = 0.4
+_WORTH_OF_A_LOAD = 0.5
 """Time that a tile saves with every load of x per kept weight that it saves (measured)."""
 
 
@@ -35,15 +35,15 @@ def _saved(spec: LayerSpec, loads: Loads | None) -> dict[int, float]:
 def _rows(spec: LayerSpec, saved: dict[int, float]) -> tuple[int, ...]:
     """Rows worth a try. Three share loads best; but their partial sums leave room for fewer vectors, and above 80 % little is shared,
     unless the mask has blocks of rows."""
-    random = (3, 2) if spec.sparsity <= 0.8 else (2, 1)
+    random = (3, 2) if spec.sparsity <= _SHARED else (2, 1)
     return (*random, *(rows for rows, one in saved.items() if one and rows not in random))
 
 
 def _most_vectors(rows: int, cpu: CpuFacts) -> int:
-    """Vectors per row: partial sums may take two thirds of the registers, with four rows all that x and the weights leave; beyond that
-    they measure slower although they would fit."""
-    sums = cpu.registers - rows - 1 if rows == MOST_ROWS else cpu.registers * 22 // 32
-    return max(1, min(8 if rows > 1 else 16, sums // rows))
+    """Vectors per row. With one row and with three, partial sums may take two thirds of the registers: beyond that they measure slower
+    although they would fit. Otherwise all that x and the weights leave, up to 14."""
+    sums = cpu.registers * 22 // 32 if rows in (1, 3) else cpu.registers - rows - 1
+    return max(1, min({1: 16, 2: 14}.get(rows, 8), sums // rows))
 
 
 def _block(spec: LayerSpec, vectors: int, bytes_per_channel: int, cpu: CpuFacts, saved: float) -> int:
@@ -54,7 +54,7 @@ def _block(spec: LayerSpec, vectors: int, bytes_per_channel: int, cpu: CpuFacts,
     level; up to twice the first level pays, and so it does where few loads are left (``saved`` per kept weight).
     """
     kept_per_channel = max(1 - spec.sparsity, 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] / spec.groups
-    comfortable = (1.74 if saved > _FEW_LOADS else 0.87) * cpu.l1_bytes / bytes_per_channel
+    comfortable = (2.0 if saved > _FEW_LOADS else 0.87) * cpu.l1_bytes / bytes_per_channel
     most = min(
         max(comfortable, max(18, 42 - 2 * vectors) / kept_per_channel),
         2 * cpu.l1_bytes / bytes_per_channel,
@@ -67,10 +67,24 @@ def _cost(spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int,
     """Relative time per useful multiply-add: ``waste`` vectors per useful one, a fixed cost per kept weight and tile that ``vectors`` share,
     one per row and block that the kept weights of ``channels`` share, and what ``saved`` loads of x spare (constants fitted to measurements)."""
     density = 1 - spec.sparsity
-    fewer_shared = 1 + 0.32 * max(0.0, density - 0.25) * (3 - rows)
+    fewer_shared = 1 + 0.25 * max(0.0, density - 0.25) * (3 - rows)
     more_loops = 1.05 if density < 0.2 and rows > 1 and not saved else 1.0
     kept = max(density, 1e-6) * spec.kernel_size[0] * spec.kernel_size[1] * channels / spec.groups
     return waste * (1 + 0.9 / vectors) * (1 + 5 / kept) * fewer_shared * more_loops * (1 - _WORTH_OF_A_LOAD * saved)
+
+
+def _space_cost(
+    spec: LayerSpec, rows: int, waste: float, vectors: int, channels: int, saved: float, lanes: int
+) -> float:
+    """The same with lanes over positions, where vectors of x lie across cache lines: loads decide, so they are counted, and with them the
+    loops of the row patterns. Constants fitted to 3×3 layers of 7² to 56² positions at 50, 75 and 90 % sparsity."""
+    density = max(1 - spec.sparsity, 1e-6)
+    kept = density * spec.kernel_size[0] * spec.kernel_size[1] * channels / spec.groups
+    of_x = (1 - (1 - density) ** rows) / (rows * density) - saved
+    across = 1 + 0.85 * (lanes - 1) / _LINE
+    loads = of_x * (across + 1 / vectors) + 1 / vectors
+    loops = 10 * (2**rows - 1) / (rows * kept * vectors)
+    return waste * (0.55 + 0.63 * loads) * (1 + 5 / kept) * (1 + (0.0 if saved else loops))
 
 
 def _copying(spec: LayerSpec, window: int, vectors: int) -> float:
@@ -122,11 +136,12 @@ def _space_tile(
     def tile(rows: int, width: int) -> tuple[float, Tile]:
         step = width * cpu.lanes
         waste = -(-positions // step) * step / (images * output[0] * output[1])
-        channels = _block(spec, width, (step + halo_y * pitch + halo_x) * phases * 4, cpu, saved[rows])
+        channels = _block(spec, width, (step + halo_y * pitch + halo_x) * phases * 4, cpu, saved.get(rows, 0.0))
         made = Tile(lanes="space", vector=cpu.lanes, rows=rows, width=width, channels=channels)
-        return _cost(spec, rows, waste, width, channels, saved[rows]) * _UNALIGNED, made
+        return _space_cost(spec, rows, waste, width, channels, saved.get(rows, 0.0), cpu.lanes), made
 
-    candidates = [tile(rows, width) for rows in _rows(spec, saved) for width in range(1, _most_vectors(rows, cpu) + 1)]
+    several = (*_rows(spec, saved), *((4, 5) if spec.sparsity <= _SHARED else ()))
+    candidates = [tile(rows, width) for rows in several for width in range(1, _most_vectors(rows, cpu) + 1)]
     cost, best = min(candidates, key=lambda candidate: candidate[0])
     return best, cost
 
