@@ -47,7 +47,7 @@ def export(
         path: where the file goes. It appears whole or not at all.
         runtime: ``"onnx"``: an ONNX model of standard operators, sparse weights compact in the file, batch size free.
             ``"tvm"``: a shared library with kernels specialised to the masks, for inputs of exactly these shapes.
-        target: what ``"tvm"`` compiles for; None is this machine.
+        target: what ``"tvm"`` compiles for; None is this machine, ``"aarch64-linux-gnu"`` 64-bit ARM processors on Linux.
 
     Returns:
         The path.

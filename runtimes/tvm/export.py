@@ -7,13 +7,14 @@ The library holds the mask programs and the packed values as constants. It runs 
     machine = relax.VirtualMachine(tvm.runtime.load_module("model.so"), tvm.cpu())
     output = machine["main"](tvm.runtime.tensor(numpy.zeros((16, 3, 32, 32), "float32")))[0].numpy()
 
-Dense layers are compiled by TVM's default schedules, which are correct and slow.
+It may be made for another platform, with a cross compiler of that platform to link it. Dense layers are compiled by TVM's default schedules, which are correct and slow.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,12 +28,12 @@ from sift_compiler.errors import RuntimeBuildError, UnsupportedError, UserError
 from sift_compiler.lowering.partition import SparseNode, partition
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.runtimes.tvm.sparse_call import FrozenLayer, emit_sparse_layer
-from sift_compiler.runtimes.tvm.target import cpu_facts, host_cpu, llvm_target
+from sift_compiler.runtimes.tvm.target import TRIPLES, cpu_facts, host_cpu, llvm_target
 
 _log = logging.getLogger(__name__)
 
 HOST = "host"
-"""The only target so far: this machine's CPU."""
+"""This machine's CPU; the other targets are :data:`target.TRIPLES`."""
 
 
 def export_tvm(
@@ -44,22 +45,26 @@ def export_tvm(
         module: in evaluation mode, on the CPU, hooks stripped.
         example_inputs: tensors; only their shapes and dtypes matter.
         path: where the library goes; written beside it first, then moved.
-        target: ``"host"`` or None.
+        target: ``"host"`` or None, or ``"aarch64-linux-gnu"`` for any 64-bit ARM processor on Linux, which takes its cross compiler,
+            aarch64-linux-gnu-g++.
 
     Raises:
         UserError: an unknown target, or a path that cannot be written.
         UnsupportedError: an operator that TVM cannot import, or a sparse layer that is not float32.
         RuntimeBuildError: TVM or the linker failed.
     """
-    if target not in (None, HOST):
-        raise UserError(f"Unknown target {target!r} of the tvm runtime. Known: {HOST} (this machine's CPU).")
+    if target not in (None, HOST, *TRIPLES):
+        raise UserError(
+            f"Unknown target {target!r} of the tvm runtime. Known: {HOST} (this machine's CPU), {', '.join(TRIPLES)}."
+        )
+    linker = _linker(target)
     path = Path(path)
     if not path.parent.is_dir():
         raise UserError(
             f"Cannot write {path}: its folder {path.parent} does not exist. Make it, or choose another path."
         )
     program = torch.export.export(module, tuple(example_inputs), strict=False)
-    cpu = host_cpu()
+    cpu = host_cpu() if linker is None else cpu_facts(str(target))
     relax_module = _to_relax(program, cpu.name)
     try:
         import tvm
@@ -67,7 +72,19 @@ def export_tvm(
         executable = tvm.compile(relax_module, target=llvm_target(cpu.name))
     except Exception as error:
         raise RuntimeBuildError(f"TVM could not compile the model for {cpu.name}: {_first_line(error)}.") from error
-    return _write(executable, path)
+    return _write(executable, path, linker)
+
+
+def _linker(target: str | None) -> str | None:
+    """The cross compiler that links for ``target``; None for this machine."""
+    if target not in TRIPLES:
+        return None
+    linker = f"{target}-g++"
+    if shutil.which(linker) is None:
+        raise UserError(
+            f"A library for {target} is linked by {linker}, which is not installed. Debian and Ubuntu have it: apt install g++-{target}"
+        )
+    return linker
 
 
 def _to_relax(program: torch.export.ExportedProgram, cpu: str) -> Any:
@@ -133,19 +150,21 @@ def _frozen_layer(sparse: SparseNode, tensors: Mapping[str, Tensor]) -> FrozenLa
     )  # fmt: skip
 
 
-def _write(executable: Any, path: Path) -> Path:
+def _write(executable: Any, path: Path, linker: str | None) -> Path:
+    from tvm.support import cc
+
     try:
         handle, temporary = tempfile.mkstemp(suffix=".so", prefix=f".{path.stem}-", dir=path.parent)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error}. Choose a path in a folder you may write.") from error
     os.close(handle)
     try:
-        executable.export_library(temporary)
+        executable.export_library(temporary, **({} if linker is None else {"fcompile": cc.cross_compiler(linker)}))
         os.chmod(temporary, 0o755)
         os.replace(temporary, path)
     except Exception as error:
         raise RuntimeBuildError(
-            f"TVM could not link {path}: {_first_line(error)}. A C++ compiler (g++ or clang++) is needed for export."
+            f"TVM could not link {path}: {_first_line(error)}. A C++ compiler ({linker or 'g++ or clang++'}) is needed for export."
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)

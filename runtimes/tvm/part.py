@@ -24,6 +24,7 @@ from sift_compiler.runtimes.tvm.packed_mask import PackedMask, nothing
 from sift_compiler.runtimes.tvm.program_values import ProgramValues
 from sift_compiler.runtimes.tvm.shared import WORTH_A_WORKER, shared
 from sift_compiler.runtimes.tvm.sparse_kernel import sparse_tile
+from sift_compiler.runtimes.tvm.target import host_cpu
 from sift_compiler.runtimes.tvm.workspace import scratch
 
 _PACKED_BYTES = 64 * 1024 * 1024
@@ -83,6 +84,7 @@ class Part:
         threads: workers; with 1 no thread pool is touched.
         epilogue: what is done to finished sums.
         freeze: see program_values.
+        recorded: its kernel calls will only be recorded (see :meth:`record`): nothing is compiled for ``cpu``, which may be another machine's.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Part:
         threads: int,
         epilogue: Epilogue = PLAIN,
         freeze: bool = False,
+        recorded: bool = False,
     ) -> None:
         self.spec, self.choice, self.threads, self._cpu, self._epilogue = spec, choice, threads, cpu, epilogue
         self._mask: PackedMask | None = None
@@ -103,9 +106,12 @@ class Part:
         self._groups = -(-spec.out_channels // tile.rows)
         self._blocks = -(-spec.in_channels // tile.channels)
         self._layout = packing(spec, choice.count, size, tile)
-        self._packer = self._mask_packer()
-        self._kernel, gather = self._compile()
-        self._values = ProgramValues(gather, threads, freeze)
+        self._packer = self._mask_packer(host_cpu() if recorded else cpu)
+        self._kernel: Callable[..., Any]
+        self._values: ProgramValues
+        if not recorded:
+            self._kernel, gather = self._compile()
+            self._values = ProgramValues(gather, threads, freeze)
         self._items = self._items_at_once()
         self._ahead = self._window_rows()
         if spec.kind == "linear":
@@ -134,12 +140,12 @@ class Part:
         assert isinstance(other._mask, PackedMask)
         self._mask = other._mask
 
-    def _mask_packer(self) -> MaskPacker:
+    def _mask_packer(self, cpu: CpuFacts) -> MaskPacker:
         tile, layout = self.choice.tile, self._layout
         linear = self.spec.kind == "linear"
         offsets = np.zeros(1, np.int32) if linear else layout.offsets
         channel = tile.width * tile.vector if linear else layout.channel
-        return MaskPacker(self.spec, tile.rows, tile.channels, offsets, channel, self._cpu.name, self.threads)
+        return MaskPacker(self.spec, tile.rows, tile.channels, offsets, channel, cpu.name, self.threads)
 
     # --- running --------------------------------------------------------------------------------------------------
 

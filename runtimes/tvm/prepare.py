@@ -14,9 +14,9 @@ LayerPart = Part | RowPart
 
 def prepare(
     spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int, epilogue: Epilogue = PLAIN,
-    freeze: bool = False,
+    freeze: bool = False, recorded: bool = False,
 ) -> LayerPart:  # fmt: skip
     """The part that runs ``choice``; arguments as those of :class:`Part`."""
     if choice.tile.lanes in ("weights", "tokens"):
-        return RowPart(spec, choice, cpu, threads, epilogue, freeze)
-    return Part(spec, choice, size, cpu, threads, epilogue, freeze)
+        return RowPart(spec, choice, cpu, threads, epilogue, freeze, recorded)
+    return Part(spec, choice, size, cpu, threads, epilogue, freeze, recorded)

@@ -58,6 +58,8 @@ class RowPart:
         cpu: the processor.
         threads: workers; with 1 no thread pool is touched.
         epilogue: what is done to finished sums.
+        freeze: see program_values.
+        recorded: see Part.
     """
 
     workspace_count = 1
@@ -65,18 +67,23 @@ class RowPart:
 
     def __init__(
         self, spec: LayerSpec, choice: Choice, cpu: CpuFacts, threads: int, epilogue: Epilogue = PLAIN,
-        freeze: bool = False,
+        freeze: bool = False, recorded: bool = False,
     ) -> None:  # fmt: skip
         self.spec, self.choice, self.threads, self._cpu, self._epilogue = spec, choice, threads, cpu, epilogue
         self._one = choice.tile.lanes == "weights"
         self.packed_values_position = 3 if self._one else 4
         self._mask: _Mask | None = None
         self._nothing = torch.ones(1)  # stands where the kernel reads nothing
+        self._pack_kernel: Callable[..., Any] | None = None
+        self._kernel: Callable[..., Any]
+        self._values: ProgramValues | None = None
+        if recorded:
+            return
         packing, (generator, constants) = self.code()
-        self._pack_kernel: Callable[..., Any] | None = packing and compiled(packing[0], cpu.name, **packing[1])
-        self._kernel: Callable[..., Any] = compiled(generator, cpu.name, **constants)
+        self._pack_kernel = packing and compiled(packing[0], cpu.name, **packing[1])
+        self._kernel = compiled(generator, cpu.name, **constants)
         gather = compiled(kernels.gather, cpu.name, parallel=threads > 1)
-        self._values: ProgramValues | None = ProgramValues(gather, threads, freeze)
+        self._values = ProgramValues(gather, threads, freeze)
 
     program_key = "rows"
     """See Part; the program knows neither tiles nor tokens."""

@@ -71,7 +71,7 @@ def emit_sparse_layer(builder: Any, x: Any, input_shape: tuple[int, ...], layer:
     x = builder.emit(relax.op.reshape(x, (items, *inner)))
     pieces, done = [], 0
     for choice in choose(spec, (items, *inner), cpu, loads=measured_loads(layer.index.numpy(), spec)):
-        part = prepare(spec, choice, size, cpu, threads=1)
+        part = prepare(spec, choice, size, cpu, threads=1, recorded=True)
         order = part.repack(layer.index.numpy()).order
         piece = builder.emit(_slice(x, choice.first, choice.count, (items, *inner)))
         packed = layer.values[torch.from_numpy(order).long()]

@@ -75,7 +75,7 @@ class _Engine:
 
 def bench(
     model: nn.Module, inputs: tuple[Tensor, ...], against: Sequence[str], *, batches: Sequence[int], threads: int,
-    rounds: int, pythons: Mapping[str, str],
+    rounds: int, pythons: Mapping[str, str], ancestor: nn.Module | None = None,
 ) -> Bench:  # fmt: skip
     """Measure ``model`` in evaluation mode.
 
@@ -87,6 +87,8 @@ def bench(
         threads: of every engine.
         rounds: timed runs of every engine, at least 1.
         pythons: interpreters of engines that live in another environment.
+        ancestor: another model of the same inputs, such as the dense one of as many FLOPs, which the engines run as well, in the same
+            turns; they are then listed a second time, as "NAME, ancestor".
 
     Raises:
         UserError: an unknown engine, one that is missing or fails, or one that computes something else.
@@ -99,11 +101,11 @@ def bench(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        sparse = _frozen(model)
+        sparse, other = _frozen(model), None if ancestor is None else _frozen(ancestor)
         times = [
             each
             for batch in batches
-            for each in _one_batch(sparse, _of_batch(inputs, batch), against, threads, rounds, pythons)
+            for each in _one_batch(sparse, other, _of_batch(inputs, batch), against, threads, rounds, pythons)
         ]
     finally:
         torch.set_num_threads(before)
@@ -136,27 +138,29 @@ def _of_batch(inputs: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def _one_batch(
-    sparse: nn.Module, inputs: tuple[Tensor, ...], against: Sequence[str], threads: int, rounds: int,
-    pythons: Mapping[str, str],
+    sparse: nn.Module, ancestor: nn.Module | None, inputs: tuple[Tensor, ...], against: Sequence[str], threads: int,
+    rounds: int, pythons: Mapping[str, str],
 ) -> list[EngineTime]:  # fmt: skip
-    dense = dense_twin(sparse)
-    reference = dense(*inputs)
-    if not isinstance(reference, Tensor):
+    models = [("", dense_twin(sparse))] + ([(", ancestor", dense_twin(ancestor))] if ancestor is not None else [])
+    references = [model(*inputs) for _, model in models]
+    if not all(isinstance(reference, Tensor) for reference in references):
         raise UserError("sift bench measures models that return one tensor.")
     # The other engines keep weights in an order of their own, too.
     options: dict[str, Any] = {"threads": threads, "freeze": True}
     engines = [_in_process("sift", torch.compile(sparse, backend="sift", dynamic=False, options=options), inputs)]
+    errors = {"sift": _error(engines[0], references[0])}
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if any(name in PEERS for name in against):
-            write_onnx(dense, inputs, folder / "model.onnx")
-        for name in against:
-            if name == "inductor":
-                engines.append(_in_process(name, torch.compile(dense, dynamic=False), inputs))
-            else:
-                peer = stack.enter_context(started(name, pythons.get(name), folder / "model.onnx", inputs, threads))
-                engines.append(_Engine(name, peer.version, peer.output, peer.run))
-        errors = {engine.name: _error(engine, reference) for engine in engines}
+        for (what, dense), reference in zip(models, references, strict=True):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if any(name in PEERS for name in against):
+                write_onnx(dense, inputs, folder / "model.onnx")
+            for name in against:
+                if name == "inductor":
+                    engines.append(_in_process(name + what, torch.compile(dense, dynamic=False), inputs))
+                else:
+                    peer = stack.enter_context(started(name, pythons.get(name), folder / "model.onnx", inputs, threads))
+                    engines.append(_Engine(name + what, peer.version, peer.output, peer.run))
+                errors[engines[-1].name] = _error(engines[-1], reference)
         times = _interleaved(engines, rounds)
     return [_summary(each, inputs[0].shape[0], threads, times, errors[each.name]) for each in engines]
 

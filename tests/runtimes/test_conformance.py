@@ -120,6 +120,23 @@ def test_any_sparsity(runtime: str, sparsity: float, kind: str) -> None:
     assert one.error(one.kernel(runtime), x) < TOLERANCE
 
 
+@pytest.mark.parametrize("rows", [2, 3, 4])
+@pytest.mark.parametrize("batch", [1, 16, 17])
+@pytest.mark.parametrize("kind", ["conv2d", "linear"])
+def test_blocks_of_rows(runtime: str, kind: str, batch: int, rows: int) -> None:
+    # The last block is cut off; another lies across two groups of rows of most tiles.
+    shape, x = (
+        ((26, 90), torch.randn(5 * batch, 90)) if kind == "linear" else ((26, 20, 3, 3), torch.randn(batch, 20, 7, 9))
+    )
+    mask = (torch.rand(26, *shape[1:]) < 0.15).repeat_interleave(rows, 0)[1:27]
+    one = layer(mask, kind=kind)
+    kernel = one.kernel(runtime)
+    assert one.error(kernel, x) < TOLERANCE
+    # The structure may be lost; the tiles stay.
+    one.index.copy_(torch.randperm(mask.numel())[: one.spec.nnz].int())
+    assert one.error(kernel, x) < TOLERANCE
+
+
 @pytest.mark.parametrize("kept", ["one", "all", "last"])
 def test_extreme_masks(runtime: str, kept: str) -> None:
     mask = torch.full((10, 9, 3, 3), kept == "all")

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sift_compiler.errors import UserError
+from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.epilogue import PLAIN, Epilogue
+from sift_compiler.lowering.plan import Choice
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.nn.image_vectors import from_image_vectors, to_image_vectors
-from sift_compiler.runtimes.tvm import lane_part
+from sift_compiler.runtimes.tvm import lane_part, live_kernel
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.target import cpu_facts, host_cpu
 
@@ -101,6 +103,25 @@ def test_any_density(processor: str, density: float) -> None:
 )  # fmt: skip
 def test_any_geometry(groups: int, kernel: tuple[int, int], geometry: dict[str, object], size: tuple[int, int]) -> None:
     assert error(*spec_and_dense((10, 7, *kernel), **geometry), size, groups=groups) < TOLERANCE
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("rows", [2, 3, 4])
+@pytest.mark.parametrize("block", [2, 4])
+def test_blocks_of_rows(processor: str, rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mask = (torch.rand(7, 11, 3, 3) < 0.1).repeat_interleave(block, 0)
+    index = mask.reshape(-1).nonzero().squeeze(1).int()
+    dense = torch.where(mask, torch.randn(mask.shape), 0).double()
+    spec = LayerSpec(kind="conv2d", weight_shape=tuple(mask.shape), nnz=len(index), padding=(1, 1))
+
+    def with_rows(*arguments: object, **named: object) -> tuple[Choice, ...]:
+        """What is chosen, but for the rows: blocks that fill a tile's rows, lie across two tiles, or share one."""
+        made = choose(*arguments, **named)  # type: ignore[arg-type]
+        return tuple(dataclasses.replace(one, tile=dataclasses.replace(one.tile, rows=rows)) for one in made)
+
+    monkeypatch.setattr(live_kernel, "choose", with_rows)
+    assert error(spec, dense, index, (6, 9), groups=2, processor=processor) < TOLERANCE
 
 
 def test_grouped_and_depthwise() -> None:
