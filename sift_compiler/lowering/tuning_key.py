@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.plan import Choice
+from sift_compiler.lowering.sharing import measured_loads
 from sift_compiler.lowering.specification import LayerSpec
 
 
@@ -38,7 +39,7 @@ def tuning_key(
     return {
         "layer": dataclasses.replace(spec, nnz=0, bias=False),
         "density": round(4 * math.log2(max(kept.size, 1) / max(entries, 1))),
-        "shared": round(8 * shared_columns(kept, spec)),
+        "shared": round(8 * shared_columns(kept, spec)), "loads of four rows": round(8 * measured_loads(index, spec)[3]),
         "size": size, "items": items, "lanes": tile.lanes, "cpu": cpu, "threads": threads,
     }  # fmt: skip
 

@@ -55,6 +55,13 @@ def test_every_engine_is_measured_on_the_same_weights():
     assert made.machine["cores"] >= 1
 
 
+def test_another_model_runs_in_the_same_turns():
+    made = measure(["onnxruntime"], ancestor=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval())
+    assert [each.engine for each in made.times] == ["sift", "onnxruntime", "onnxruntime, ancestor"]
+    assert all(each.error < 1e-5 for each in made.times)
+    assert made.times[2].times_sift == made.times[2].median_ms / made.times[0].median_ms
+
+
 def test_an_engine_that_computes_something_else_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench_module, "dense_twin", lambda made: dense_twin(made).apply(double))
     with pytest.raises(UserError, match="sift deviates from torch"):

@@ -83,7 +83,7 @@ def test_tiles_follow_the_blocks_of_a_mask(cpu: CpuFacts, shape: tuple[int, ...]
         mask = random_mask(200, 200, 3, 3, density=0.1, rows=rows)
         spec = spec_of(mask)
         for choice in choose(spec, shape, cpu, loads=measured_loads(flat(mask), spec)):
-            assert choice.tile.rows in (2, rows)
+            assert choice.tile.rows in (2, 4)
             assert choice.tile.accumulators + 2 <= cpu.registers
     found = {choice.tile.rows for choice in choose(spec, (cpu.lanes, 200, 28, 28), cpu, loads=(1.0, 0.5, 0.5, 0.25))}
     assert found <= {2, 4}

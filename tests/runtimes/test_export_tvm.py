@@ -11,6 +11,7 @@ from torch import nn
 from sift_compiler import nn as sift_nn
 from sift_compiler.errors import RuntimeBuildError, UnsupportedError, UserError
 from sift_compiler.runtimes.tvm.export import export_tvm
+from tests.runtimes.emulation import TRIPLE, missing
 
 RUN = """
 import sys
@@ -70,7 +71,7 @@ def test_a_library_runs_without_torch_and_equals_eager(batch, tmp_path):
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
     model, x = network(), torch.randn(2, 1, 9, 11)
-    with pytest.raises(UserError, match="Known: host"):
+    with pytest.raises(UserError, match=r"Known: host.*aarch64-linux-gnu"):
         export_tvm(model, (x,), tmp_path / "model.so", target="abacus")
     with pytest.raises(UserError, match="does not exist"):
         export_tvm(model, (x,), tmp_path / "nowhere" / "model.so")
@@ -83,6 +84,25 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path):
 
     with pytest.raises(UnsupportedError, match="cannot import"):
         export_tvm(Odd(), (x,), tmp_path / "model.so")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(missing() is not None, reason=f"no cross compiler: {missing()}")
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_library_for_another_platform_holds_its_code(batch, tmp_path):
+    library = export_tvm(network(), (torch.randn(batch, 1, 9, 11),), tmp_path / "model.so", target=TRIPLE)
+    head = library.read_bytes()[:20]
+    assert head[:4] == b"\x7fELF"
+    assert int.from_bytes(head[18:20], "little") == 183  # EM_AARCH64
+    listed = subprocess.run([f"{TRIPLE}-nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "sift_sparse_tile" in listed
+    assert [path.name for path in tmp_path.iterdir()] == ["model.so"]
+
+
+def test_a_missing_cross_compiler_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="apt install g\\+\\+-aarch64-linux-gnu"):
+        export_tvm(network(), (torch.randn(1, 1, 9, 11),), tmp_path / "model.so", target=TRIPLE)
     assert not list(tmp_path.iterdir())
 
 
