@@ -83,9 +83,11 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def make(runtime: str, shape: tuple[int, ...], sparsity: float = 0.7, threads: int = 1, **geometry: object) -> Layer:
+def make(
+    runtime: str, shape: tuple[int, ...], sparsity: float = 0.7, threads: int = 1, block: int = 1, **geometry: object
+) -> Layer:
     """A layer with an empty and a full row, and two equal ones if there is room."""
-    mask = torch.rand(shape) >= sparsity
+    mask = (torch.rand(shape) >= sparsity).repeat_interleave(block, 0)[: shape[0]]
     mask[0], mask[-1] = False, True
     if shape[0] > 3:
         mask[2] = mask[1]
@@ -129,6 +131,13 @@ def test_odd_sizes(runtime: str, batch: int, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(1,), (17,), (300,), (2, 3, 11)])
 def test_linear(runtime: str, shape: tuple[int, ...]) -> None:
     make(runtime, (19, 23)).check(*shape, 23)
+
+
+@pytest.mark.parametrize("block", [2, 4])
+@pytest.mark.parametrize("batch", [3, 16])
+def test_blocks_of_rows(runtime: str, batch: int, block: int) -> None:
+    make(runtime, (24, 18, 3, 3), 0.9, block=block, padding=(1, 1)).check(batch, 18, 7, 9)
+    make(runtime, (48, 30), 0.9, block=block).check(20 * batch, 30)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
