@@ -96,7 +96,7 @@ def sift(
     inference = not needs_gradients(graph_module.graph, example_inputs)
     first: frozenset[fx.Node] = frozenset()
     if inference and runtime.image_lanes:
-        first = take_first_layers(graph_module.graph, runtime.image_lanes)
+        first = take_first_layers(graph_module.graph)
     nodes = partition(graph_module.graph, runtime.refuse)
     taken = [node for node in nodes if node.refusal is None]
     calls = _take(taken, compilation, runtime, threads, inference, first)

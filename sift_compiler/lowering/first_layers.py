@@ -28,18 +28,17 @@ _BETWEEN = (
 _MOST_CHANNELS = 4
 
 
-def take_first_layers(graph: fx.Graph, lanes: int) -> frozenset[fx.Node]:
+def take_first_layers(graph: fx.Graph) -> frozenset[fx.Node]:
     """Turn such convolutions into ``sift::conv2d`` without an index: their kernels have to know that every weight is kept.
 
     Args:
         graph: holds fake tensors as Dynamo leaves them.
-        lanes: images in a vector of the runtime's kernels; a batch that fills none is left alone.
 
     Returns:
         The new calls.
     """
     taken = set()
-    for node in [node for node in graph.nodes if _is_first(node, lanes)]:
+    for node in [node for node in graph.nodes if _is_first(node)]:
         given: list[Any] = [*node.args, *_DEFAULTS[len(node.args) :]]
         x, weight, bias, stride, padding, dilation, groups = given
         shape = [int(size) for size in fake(weight).shape]
@@ -64,7 +63,7 @@ def _pair(value: Any) -> list[int]:
     return [value] * 2 if isinstance(value, int) else [int(number) for number in value]
 
 
-def _is_first(node: fx.Node, lanes: int) -> bool:
+def _is_first(node: fx.Node) -> bool:
     if (
         node.target not in _CONVOLUTIONS
         or node.kwargs
@@ -76,7 +75,7 @@ def _is_first(node: fx.Node, lanes: int) -> bool:
     groups = node.args[6] if len(node.args) > 6 else 1
     if not plain or groups != 1 or not all(isinstance(size, int) for size in x.shape):
         return False
-    return 0 < x.shape[1] <= _MOST_CHANNELS and x.shape[0] % lanes == 0 and x.shape[0] > 0 and _leads_to_sparse(node)
+    return 0 < x.shape[1] <= _MOST_CHANNELS and x.shape[0] > 0 and _leads_to_sparse(node)
 
 
 def _leads_to_sparse(node: fx.Node) -> bool:

@@ -17,8 +17,8 @@ from torch import fx
 
 from sift_compiler.lowering.fuse import mutates
 from sift_compiler.lowering.partition import fake
-from sift_compiler.lowering.pooling import pooling
-from sift_compiler.nn.image_vectors import from_image_vectors, to_image_vectors
+from sift_compiler.lowering.pooling import averages, pooling
+from sift_compiler.nn.image_vectors import average_image_vectors, from_image_vectors, to_image_vectors
 
 _MOST = 2**31 - 1
 _X, _RESIDUAL = 0, 9
@@ -99,7 +99,13 @@ def _with_lanes(value: torch.Tensor, lanes: int) -> torch.Tensor:
 
 
 def _give_back(graph: fx.Graph, node: fx.Node, call: fx.Node, chosen: set[fx.Node]) -> None:
-    """Everybody else reads what ``node`` returned in the usual order."""
+    """Everybody else reads what ``node`` returned in the usual order; averages over positions are taken where it lies."""
+    for user in [user for user in node.users if user not in chosen and averages(user)]:
+        with graph.inserting_before(user):
+            mean = graph.call_function(average_image_vectors, (call, fake(user).dim() == 4))
+        mean.meta = dict(user.meta)
+        user.replace_all_uses_with(mean)
+        graph.erase_node(user)
     others = [user for user in node.users if user not in chosen]
     if not others:
         return

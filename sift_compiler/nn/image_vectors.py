@@ -27,6 +27,12 @@ def from_image_vectors(y: Tensor) -> Tensor:
     return y.permute(0, 4, 1, 2, 3).reshape(y.shape[0] * y.shape[4], *y.shape[1:4])
 
 
+def average_image_vectors(y: Tensor, keepdim: bool) -> Tensor:
+    """[N / lanes, C, H, W, lanes] → [N, C], or [N, C, 1, 1]: the average over all positions, of an image and a channel each."""
+    means = y.mean((2, 3)).transpose(1, 2).reshape(-1, y.shape[1])
+    return means[:, :, None, None] if keepdim else means
+
+
 def by_image(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``layer``, which maps [N, C, H, W] to [N, M, H', W'], on either layout."""
     if x.dim() != 5:

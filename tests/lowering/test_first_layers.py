@@ -84,8 +84,9 @@ def test_others_stay_dense(model: Stem) -> None:
     assert names == ["one", "two"]
 
 
-def test_a_batch_that_fills_no_vectors_stays_dense() -> None:
+@pytest.mark.parametrize("batch", [1, 3, LANES + 1])
+def test_any_batch_will_do(batch: int) -> None:
     torch.manual_seed(0)
-    error, names, _ = run(Stem(), torch.randn(3, 3, 16, 16))
+    error, names, _ = run(Stem(stride=2, padding=2), torch.randn(batch, 3, 19, 16))
     assert error < TOLERANCE
-    assert names == ["one", "two"]
+    assert names == ["first", "one", "two"]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sift_compiler import dynamo
+from sift_compiler.lowering import image_vectors
 from sift_compiler.nn import SparseConv2d
 from sift_compiler.runtimes.tvm.target import host_cpu
 
@@ -105,3 +106,29 @@ def test_training_keeps_the_usual_layout() -> None:
     compiled = torch.compile(Then(lambda y, two: two(y)), backend="sift", options={"rest": "eager"})
     compiled(torch.randn(LANES, 4, 9, 8)).sum().backward()
     assert [made.side_by_side for made in dynamo.compilations() if made not in before] == [0]
+
+
+@pytest.mark.parametrize(
+    ("head", "taken"),
+    [
+        (lambda y: F.adaptive_avg_pool2d(y, 1), True),
+        (lambda y: F.adaptive_avg_pool2d(y, (1, 1)).flatten(1), True),
+        (lambda y: y.mean((2, 3)), True),
+        (lambda y: torch.mean(y, dim=[-1, -2], keepdim=True), True),
+        (lambda y: F.adaptive_avg_pool2d(y, (1, 2)), False),
+        (lambda y: y.mean((1, 3)), False),
+        (lambda y: y.mean((2, 3), dtype=torch.float64), False),
+        (lambda y: y.mean(2), False),
+        (lambda y: y.mean(), False),
+    ],
+)
+def test_an_average_over_positions_is_taken_where_images_lie(head, taken, monkeypatch) -> None:
+    torch.manual_seed(0)
+    usual = []
+    original = image_vectors.from_image_vectors
+    monkeypatch.setattr(image_vectors, "from_image_vectors", lambda y: usual.append(1) or original(y))
+    model = Then(lambda y, layer: head(layer(y)))
+    error, together = run(model, torch.randn(2 * LANES, 4, 7, 5))
+    assert error < TOLERANCE
+    assert together == 2
+    assert (not usual) == taken
