@@ -29,11 +29,7 @@ from tests.runtimes.emulation import TRIPLE, Emulation, missing
 
 TOLERANCE = 1e-5
 WHY_NOT = missing()
-pytestmark = [
-    pytest.mark.skipif(WHY_NOT is not None, reason=f"NEON cannot be emulated here: {WHY_NOT}"),
-    # One worker of a parallel run links each kernel once.
-    pytest.mark.xdist_group("neon"),
-]
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"NEON cannot be emulated here: {WHY_NOT}")
 
 
 @pytest.fixture(scope="module")
