@@ -1,7 +1,7 @@
 """Parallel kernels on the OpenMP threads that torch uses, instead of on TVM's own.
 
 Idle threads of either pool spin for milliseconds before they sleep. Where operations of torch and kernels take turns, each pool's workers
-would wait for a core on which the other's spin: measured, 20 of 430 ms of a network whose kernels stand between two such operations.
+would wait for a core on which the other's spin, for several percent of a network's time.
 
 A library that TVM has compiled calls whoever the pointer ``__TVMBackendParallelLaunch`` in it names (tvm/runtime/c_backend_api.h). After it is
 loaded, the pointer is set to a function that opens a parallel region of OpenMP by the interface of GCC's runtime, which those of LLVM and
