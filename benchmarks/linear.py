@@ -1,14 +1,15 @@
 """Time the linear layers of transformers: fraction of the multiply-add peak for many tokens, of the copy bandwidth for one; prints JSON.
 
     python benchmarks/linear.py [--models vit-small gpt2-small] [--widths wide same] [--sparsity 0.75 0.9] [--tokens 1 128 512 1024 2048]
-                                [--layers fc1] [--rounds 5] [--markdown]
+                                [--layers fc1] [--rounds 5] [--freeze] [--markdown]
 
 The layers are the projections of attention and the two layers of an MLP, at the widths that Sparse Wide gives them (``wide``: 1/√(1 - s) times as
 wide, a multiple of the number of heads, so that sparse FLOPs equal those of the dense model) and at the original ones (``same``). A call
 is a whole call of the layer: contiguous tokens in, contiguous tokens out. Everything runs on one thread, in turns; a time is the median over
 rounds of the thread's processor time, which leaves out what other processes took of a shared core, but not what they did to caches
 and memory. ``of_peak`` is the median over rounds of FLOPs of kept weights over those of multiply-adds in registers timed beside them.
-``equal_flops_milliseconds`` is the share of kept weights times torch's dense time: the same FLOPs at torch's speed.
+``equal_flops_milliseconds`` is the share of kept weights times torch's dense time: the same FLOPs at torch's speed. With ``--freeze`` values are
+brought into the order of the program once (see ``CompileOptions.freeze``), as in deployment; without, at every call.
 
 With one token, weights come from memory as in a model that does not fit the caches: enough copies of a layer to hold ``--stream`` MB are run
 one after the other. ``of_copy`` is what the kernel must read of them (values and columns, two bytes each or four, and beginnings of
@@ -88,22 +89,23 @@ def _seconds(run: Callable[[], object]) -> float:
 class Layer:
     """A sparse layer and its kernel."""
 
-    def __init__(self, case: Case, index: Tensor, values: Tensor, bias: Tensor) -> None:
+    def __init__(self, case: Case, index: Tensor, values: Tensor, bias: Tensor, freeze: bool) -> None:
         from sift_compiler.runtimes.tvm.runtime import TvmRuntime
 
         self.shape, self.index, self.values, self.bias = (case.outputs, case.inputs), index, values, bias
+        self.freeze = freeze
         spec = LayerSpec(kind="linear", weight_shape=(case.outputs, case.inputs), nnz=case.kept, bias=True)
-        self.kernel = TvmRuntime().build(spec, case.layer, 1)
+        self.kernel = TvmRuntime().build(spec, case.layer, 1, freeze=freeze)
 
     @classmethod
-    def random(cls, case: Case) -> Layer:
+    def random(cls, case: Case, freeze: bool) -> Layer:
         """A layer with as many weights as ``case`` says, anywhere."""
         index = torch.randperm(case.inputs * case.outputs)[: case.kept].sort().values.int()
-        return cls(case, index, torch.randn(case.kept), torch.randn(case.outputs))
+        return cls(case, index, torch.randn(case.kept), torch.randn(case.outputs), freeze)
 
     def copy(self, case: Case) -> Layer:
         """The same in other memory."""
-        return Layer(case, self.index.clone(), self.values.clone(), self.bias)
+        return Layer(case, self.index.clone(), self.values.clone(), self.bias, self.freeze)
 
     def dense(self) -> Tensor:
         """The dense weight [out, in]."""
@@ -113,11 +115,11 @@ class Layer:
         return self.kernel(x, self.values, self.index, self.bias)
 
 
-def many_tokens(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
+def many_tokens(case: Case, tokens: int, rounds: int, freeze: bool) -> dict[str, Any]:
     """Times for ``tokens`` tokens, beside the peak."""
     from sift_compiler.runtimes.tvm.peak import peak_loop
 
-    layer, x = Layer.random(case), torch.randn(tokens, case.inputs)
+    layer, x = Layer.random(case, freeze), torch.randn(tokens, case.inputs)
     weight = layer.dense()
     peak, peak_flops = peak_loop(1)
     flops = 2 * case.kept * tokens
@@ -139,13 +141,13 @@ def many_tokens(case: Case, tokens: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def one_token(case: Case, rounds: int, stream: int) -> dict[str, Any]:
+def one_token(case: Case, rounds: int, stream: int, freeze: bool) -> dict[str, Any]:
     """Times for one token with weights that come from memory, beside the copy."""
     column = 2 if case.inputs <= SHORT_COLUMNS else 4
     sparse_bytes = case.kept * (4 + column) + 4 * (case.outputs + 1)
     dense_bytes = 4 * case.inputs * case.outputs
     x = torch.randn(1, case.inputs)
-    first = Layer.random(case)
+    first = Layer.random(case, freeze)
     layers = [first.copy(case) for _ in range(max(2, -(-stream * 1024 * 1024 // sparse_bytes)))]
     # Dense weights take more room: fewer of them hold as many bytes.
     weights = [first.dense() for _ in range(max(2, -(-stream * 1024 * 1024 // dense_bytes)))]
@@ -212,6 +214,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--stream", type=int, default=192, help="MB of weights that stream by with one token")
+    parser.add_argument("--freeze", action="store_true", help="bring values into the order of the program once")
     parser.add_argument("--markdown", action="store_true", help="print a table, not JSON")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -229,15 +232,21 @@ def main() -> None:
                             "sparsity": sparsity, "tokens": tokens,
                         }  # fmt: skip
                         measured = (
-                            one_token(case, chosen.rounds, chosen.stream)
+                            one_token(case, chosen.rounds, chosen.stream, chosen.freeze)
                             if tokens == 1
-                            else many_tokens(case, tokens, chosen.rounds)
+                            else many_tokens(case, tokens, chosen.rounds, chosen.freeze)
                         )
                         results.append({**known, **{key: _rounded(value) for key, value in measured.items()}})
     if chosen.markdown:
         sys.stdout.write(markdown(results) + "\n")
         return
-    machine = {"cpu": host_cpu().name, "lanes": host_cpu().lanes, "machine": platform.machine(), "threads": 1}
+    machine = {
+        "cpu": host_cpu().name,
+        "lanes": host_cpu().lanes,
+        "machine": platform.machine(),
+        "threads": 1,
+        "freeze": chosen.freeze,
+    }
     versions = {"torch": torch.__version__, "tvm": tvm.__version__, "python": platform.python_version()}
     json.dump({"machine": machine, "versions": versions, "layers": results}, sys.stdout, indent=2)
     sys.stdout.write("\n")

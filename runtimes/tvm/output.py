@@ -6,19 +6,16 @@ a 40 MB layer at 90 % sparsity, and more than the sums did in the first layer of
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 import sys
 import threading
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 
-_PAGE, _HUGE = 4096, 2 * 1024 * 1024
-_MADV_HUGEPAGE = 14
-_LARGE = 2 * _HUGE
+from sift_compiler.runtimes.tvm.huge_pages import HUGE, advise_huge_pages
+
+_LARGE = 2 * HUGE
 """Bytes from which on memory is kept."""
 _MOST_KEPT = 8
 """Blocks kept per thread, in use or not. A network uses two or three of a size at a time."""
@@ -61,30 +58,10 @@ class _Block:
     def __init__(self, size: int) -> None:
         self.size, self.storage = size, torch.empty(size, dtype=torch.uint8).untyped_storage()
         self._references = sys.getrefcount(self.storage)
-        _advise_huge_pages(self.storage)
+        advise_huge_pages(self.storage)
 
     @property
     def unused(self) -> bool:
         """No tensor, view, array or storage object holds the memory; Python has one object of a storage for all who ask for it."""
         tensors = int(torch._C._storage_Use_Count(self.storage._cdata)) - 1
         return tensors == 0 and sys.getrefcount(self.storage) == self._references
-
-
-def _advise_huge_pages(memory: UntypedStorage) -> None:
-    """Ask for huge pages. That is advice: where the system refuses, nothing changes."""
-    advise = _madvise()
-    if advise is not None:
-        begin = -(-memory.data_ptr() // _PAGE) * _PAGE
-        advise(begin, (memory.data_ptr() + memory.nbytes() - begin) // _PAGE * _PAGE, _MADV_HUGEPAGE)
-
-
-@functools.cache
-def _madvise() -> Callable[..., int] | None:
-    """The C library's madvise, where there is one."""
-    try:
-        function = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    function.restype = ctypes.c_int
-    return function

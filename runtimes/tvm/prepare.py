@@ -6,10 +6,11 @@ from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.plan import Choice
 from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.runtimes.tvm.pair_part import PairPart
 from sift_compiler.runtimes.tvm.part import Part
 from sift_compiler.runtimes.tvm.row_part import RowPart
 
-LayerPart = Part | RowPart
+LayerPart = Part | RowPart | PairPart
 
 
 def prepare(
@@ -19,4 +20,6 @@ def prepare(
     """The part that runs ``choice``; arguments as those of :class:`Part`."""
     if choice.tile.lanes in ("weights", "tokens"):
         return RowPart(spec, choice, cpu, threads, epilogue, freeze, recorded)
+    if choice.tile.lanes == "pairs":
+        return PairPart(spec, choice, cpu, threads, epilogue, freeze, recorded)
     return Part(spec, choice, size, cpu, threads, epilogue, freeze, recorded)

@@ -34,6 +34,8 @@ from sift_compiler.runtimes.fingerprint import Fingerprint
 from sift_compiler.runtimes.tvm.build import fingerprint
 from sift_compiler.runtimes.tvm.lane_kernel import lane_tile
 from sift_compiler.runtimes.tvm.lane_part import LanePart
+from sift_compiler.runtimes.tvm.pair_kernel import pair_tile
+from sift_compiler.runtimes.tvm.pair_part import PairPart
 from sift_compiler.runtimes.tvm.part import Part
 from sift_compiler.runtimes.tvm.sparse_kernel import sparse_tile
 
@@ -124,7 +126,7 @@ class Tuner:
         if tuned is None:
             return choice
         return dataclasses.replace(
-            choice, tile=tuned.tile, reason=tuned.reason(choice.count), microseconds=tuned.microseconds(choice.count),
+            choice, tile=_narrow(tuned.tile, spec, choice), reason=tuned.reason(choice.count), microseconds=tuned.microseconds(choice.count),
             timings=tuned.timings_of(choice.count),
         )  # fmt: skip
 
@@ -133,7 +135,7 @@ class Tuner:
         threads: int, side_by_side: bool = False,
     ) -> Tuned | None:  # fmt: skip
         """What is known, or now measured, about a part; None if nothing is. Arguments as those of :meth:`choose`."""
-        if choice.tile.lanes not in ("batch", "space") or not (index >= 0).any():
+        if choice.tile.lanes not in ("batch", "space", "pairs") or not (index >= 0).any():
             return None
         folder = default_folder() / "tiles"
         if self.level == "off" and _holds_nothing(folder):
@@ -143,7 +145,8 @@ class Tuner:
             folder, {"tile": Form(_write, _read)}, what="measured tile",
             otherwise="Every process measures its tiles anew", again="It is measured anew",
         )  # fmt: skip
-        keys = {level: _key(level, constants, cpu, side_by_side) for level in ("full", "quick")}
+        generator = lane_tile if side_by_side else pair_tile if choice.tile.lanes == "pairs" else sparse_tile
+        keys = {level: _key(level, generator, constants, cpu) for level in ("full", "quick")}
         # A thorough measurement serves who would do with a quick one, never the other way round.
         for level in ("full", "quick") if self.level != "full" else ("full",):
             key = keys[level]
@@ -169,8 +172,14 @@ def _holds_nothing(folder: Path) -> bool:
         return False
 
 
-def _key(level: str, constants: dict[str, Any], cpu: CpuFacts, side_by_side: bool) -> Fingerprint | None:
-    generator = lane_tile if side_by_side else sparse_tile
+def _narrow(tile: Tile, spec: LayerSpec, choice: Choice) -> Tile:
+    """A tile of tokens no wider than there are tokens: it may have been measured with more of them."""
+    if spec.kind != "linear":
+        return tile
+    return dataclasses.replace(tile, width=min(tile.width, choice.count // tile.vector))
+
+
+def _key(level: str, generator: Callable[..., Any], constants: dict[str, Any], cpu: CpuFacts) -> Fingerprint | None:
     key = fingerprint(generator, cpu.name, {**constants, "level": level})
     return None if key is None else dataclasses.replace(key, generator=f"tile of {key.generator}")
 
@@ -190,8 +199,7 @@ def measure(
     tiles = candidates(spec, part_of, size, cpu, level)
     made = [dataclasses.replace(part_of, tile=tile) for tile in tiles]
     with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
-        build = LanePart if side_by_side else Part
-        parts = list(pool.map(lambda each: build(spec, each, size, cpu, threads, PLAIN), made))
+        parts = list(pool.map(lambda each: _part(spec, each, size, cpu, threads, side_by_side), made))
     x, y = _tensors(spec, count, size, choice.tile.vector if side_by_side else 0)
     values, bias = torch.randn(spec.nnz), torch.zeros(spec.out_channels)
     share = min(1.0, _FLOPS_OF_A_TRIAL * threads / max(1, spec.flops(y.numel() // spec.out_channels)))
@@ -213,6 +221,15 @@ def measure(
         tuned.reason(choice.count),
     )  # fmt: skip
     return tuned
+
+
+def _part(
+    spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int, side_by_side: bool
+) -> Part | PairPart | LanePart:
+    """What runs whole vectors of images, positions or tokens."""
+    if choice.tile.lanes == "pairs":
+        return PairPart(spec, choice, cpu, threads)
+    return (LanePart if side_by_side else Part)(spec, choice, size, cpu, threads, PLAIN)
 
 
 def _tensors(spec: LayerSpec, count: int, size: tuple[int, int], vector: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sift_compiler.runtimes.tvm.huge_pages import zeros_in_huge_pages
+
+_LARGE = 2**17
+"""Numbers from which on a huge page is worth its two megabytes: partial sums are visited in no order, and 64 ordinary pages are all
+that a processor finds at once."""
 _local = threading.local()
 
 
@@ -17,7 +22,7 @@ def scratch(purpose: str, size: int) -> Tensor:
     buffers: dict[str, Tensor] = _local.__dict__.setdefault("buffers", {})
     buffer = buffers.get(purpose)
     if buffer is None or buffer.numel() < size:
-        buffer = torch.zeros(max(size, 16), dtype=torch.float32)
+        buffer = zeros_in_huge_pages(size) if size >= _LARGE else torch.zeros(max(size, 16), dtype=torch.float32)
         buffers[purpose] = buffer
     return buffer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.plan import Choice
@@ -27,10 +28,12 @@ def candidates(spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuF
         level: ``"quick"`` or ``"full"``; with ``"off"``, and for row programs, there is only the rules' tile.
     """
     tile = choice.tile
-    if level == "off" or tile.lanes not in ("batch", "space"):
+    if level == "off" or tile.lanes not in ("batch", "space", "pairs"):
         return (tile,)
+    if tile.lanes == "pairs":
+        return _pairs(tile, spec, choice.count, cpu)[: _MOST[level]]
     output = (1, 1) if spec.kind == "linear" else spec.output_size(*size)
-    shapes = [tile, *_reshaped(tile, spec, output, cpu)]
+    shapes = [tile, *_reshaped(tile, spec, output, cpu, choice.count)]
     blocks = [_with_block(tile, spec, factor) for factor in (2.0, 0.5)]
     found = dict.fromkeys((tile, *blocks, *shapes))
     if level == "full":
@@ -38,12 +41,29 @@ def candidates(spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuF
     return tuple(found)[: _MOST[level]]
 
 
-def _reshaped(tile: Tile, spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts) -> list[Tile]:
+def _pairs(tile: Tile, spec: LayerSpec, tokens: int, cpu: CpuFacts) -> tuple[Tile, ...]:
+    """Other widths, the window as large; then other blocks."""
+    most = min((cpu.registers - _WORKING_REGISTERS) // 2, max(1, tokens // tile.vector))
+    widths = sorted(set(range(1, most + 1)) - {tile.width}, key=lambda width: abs(math.log(width / tile.width)))
+    reshaped = [
+        dataclasses.replace(
+            tile, width=width, channels=min(spec.in_channels, max(1, tile.channels * tile.width // width))
+        )
+        for width in widths
+    ]
+    blocks = [_with_block(shape, spec, factor) for factor in (1.25, 0.8) for shape in (tile, *reshaped)]
+    return tuple(dict.fromkeys((tile, *reshaped[:4], *blocks[:2], *reshaped, *blocks)))
+
+
+def _reshaped(tile: Tile, spec: LayerSpec, output: tuple[int, int], cpu: CpuFacts, count: int) -> list[Tile]:
     """The best two shapes of each number of rows, by :func:`_merit`; the window, and so the block, stays about as large. More than three rows
     only if the rules took them: they saw that the mask shares loads."""
     made: list[tuple[float, Tile]] = []
     for rows in sorted({1, 2, 3, tile.rows}):
         most = max(1, (cpu.registers - _WORKING_REGISTERS) // rows)
+        if spec.kind == "linear":
+            # A kernel computes whole tiles, the last one together with tokens before it.
+            most = min(most, max(1, count // tile.vector))
         shapes = [
             (height, width)
             for height in range(1, (output[0] if _of_images(tile, spec) else 1) + 1)

@@ -7,6 +7,7 @@ mask shares more loads between R rows than a random one would, as masks in block
 
 from __future__ import annotations
 
+from sift_compiler.lowering.choose_pairs import choose_pairs
 from sift_compiler.lowering.choose_rows import choose_rows
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.plan import Choice
@@ -222,8 +223,11 @@ def choose(
     if input_shape[0] == 0:
         return ()
     if spec.kind == "linear":
-        rows = None if whole_vectors else choose_rows(spec, input_shape[0], cpu)
-        return _choose_tokens(spec, input_shape[0], cpu, loads) if rows is None else (rows,)
+        few = None if whole_vectors else choose_rows(spec, input_shape[0], cpu)
+        # Masks in blocks of rows share more by their patterns than pairs do.
+        structured = any(_saved(spec, loads).values())
+        many = few or (None if whole_vectors or structured else choose_pairs(spec, input_shape[0], cpu))
+        return _choose_tokens(spec, input_shape[0], cpu, loads) if many is None else (many,)
     if len(input_shape) == 5:
         return (_choose_image_vectors(spec, input_shape, cpu, loads),)
     return _choose_images(spec, input_shape, cpu, loads)

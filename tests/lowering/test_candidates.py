@@ -44,13 +44,24 @@ def test_candidates_are_legal_and_differ(cpu, batch, size, level, most):
         assert candidates(spec, choice, (size, size), cpu, "off") == (choice.tile,)
 
 
-def test_tokens_vary_in_rows_and_width():
-    spec = LayerSpec(kind="linear", weight_shape=(256, 256), nnz=256 * 64)
-    (choice,) = choose(spec, (512, 256), AVX512)
-    tiles = candidates(spec, choice, (1, 1), AVX512, "full")
-    assert len({tile.rows for tile in tiles}) == 3
+@pytest.mark.parametrize("kept", [64, 200])
+@pytest.mark.parametrize("tokens", [65, 130, 512])
+@pytest.mark.parametrize("cpu", [AVX512, AVX2])
+def test_tokens_vary_in_width_and_fill_their_tiles(cpu, tokens, kept):
+    spec = LayerSpec(kind="linear", weight_shape=(256, 256), nnz=256 * kept)
+    (choice,) = choose(spec, (tokens, 256), cpu)
+    assert choice.tile.lanes == ("pairs" if kept == 64 else "batch")
+    tiles = candidates(spec, choice, (1, 1), cpu, "full")
+    assert tiles[0] == choice.tile
+    assert len(tiles) == len(set(tiles))
+    assert {tile.lanes for tile in tiles} == {choice.tile.lanes}
+    assert len({tile.rows for tile in tiles}) == (1 if kept == 64 else 3)
     assert len({tile.width for tile in tiles}) > 2
-    assert all(tile.height == 1 for tile in tiles)
+    for tile in tiles:
+        assert tile.height == 1
+        assert tile.width * tile.vector <= tokens
+        assert tile.accumulators + 2 <= cpu.registers
+        assert 1 <= tile.channels <= 256
 
 
 def masks() -> dict[str, np.ndarray]:

@@ -6,8 +6,10 @@ import pytest
 
 from sift_compiler.errors import UserError
 from sift_compiler.lowering.choose import choose
+from sift_compiler.lowering.choose_pairs import choose_pairs
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.packing import packing
+from sift_compiler.lowering.sharing import unstructured_loads
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.lowering.tile import Tile
 
@@ -84,7 +86,7 @@ def test_an_impossible_tile_is_refused() -> None:
 def test_few_tokens_run_row_by_row(cpu: CpuFacts) -> None:
     spec = LayerSpec(kind="linear", weight_shape=(1536, 768), nnz=1536 * 192)
     lanes = [choose(spec, (tokens, 768), cpu)[0].tile.lanes for tokens in (1, 2, 4 * cpu.lanes, 8 * cpu.lanes)]
-    assert lanes == ["weights", "tokens", "tokens", "batch"]
+    assert lanes == ["weights", "tokens", "tokens", "pairs"]
     for tokens in range(1, 4 * cpu.lanes + 1):
         (part,) = choose(spec, (tokens, 768), cpu)
         assert part.tile.accumulators + 2 <= cpu.registers
@@ -99,3 +101,34 @@ def test_rows_need_a_vector_of_values_and_room_for_the_input() -> None:
     wide = LayerSpec(kind="linear", weight_shape=(64, 1 << 20), nnz=1 << 20)
     assert choose(wide, (1, 1 << 20), AVX512)[0].tile.lanes == "weights"
     assert choose(wide, (8, 1 << 20), AVX512)[0].tile.lanes == "batch"
+
+
+@pytest.mark.parametrize("cpu", [AVX512, AVX2, CpuFacts(name="sse", lanes=4, registers=16)])
+@pytest.mark.parametrize("tokens", [65, 100, 128, 200, 2048])
+@pytest.mark.parametrize("kept", [0.01, 0.1, 0.25, 0.5])
+@pytest.mark.parametrize("features", [1, 50, 768, 9708])
+def test_pairs_fit_registers_caches_and_tokens(cpu: CpuFacts, tokens: int, kept: float, features: int) -> None:
+    spec = LayerSpec(kind="linear", weight_shape=(640, features), nnz=int(640 * features * kept))
+    choice = choose_pairs(spec, tokens, cpu)
+    assert choice is not None
+    tile = choice.tile
+    assert (tile.lanes, tile.rows, tile.height) == ("pairs", 2, 1)
+    assert tile.accumulators + 3 <= cpu.registers
+    assert tile.width * tile.vector <= tokens
+    assert tile.channels <= features
+    assert 4 * tile.channels * tile.width * tile.vector <= cpu.l1_bytes
+
+
+def test_dense_layers_and_less_than_a_vector_do_not_run_in_pairs() -> None:
+    dense = LayerSpec(kind="linear", weight_shape=(64, 64), nnz=64 * 64)
+    assert choose_pairs(dense, 512, AVX512) is None
+    assert choose(dense, (512, 64), AVX512)[0].tile.lanes == "batch"
+    sparse = LayerSpec(kind="linear", weight_shape=(64, 64), nnz=64 * 16)
+    assert choose_pairs(sparse, 15, AVX512) is None
+    assert choose_pairs(sparse, 16, AVX512) is not None
+
+
+def test_masks_in_blocks_of_rows_do_not_run_in_pairs() -> None:
+    spec = LayerSpec(kind="linear", weight_shape=(64, 64), nnz=64 * 16)
+    assert choose(spec, (512, 64), AVX512, loads=unstructured_loads(0.25))[0].tile.lanes == "pairs"
+    assert choose(spec, (512, 64), AVX512, loads=(1.0, 0.5, 0.5, 0.25))[0].tile.lanes == "batch"

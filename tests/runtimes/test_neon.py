@@ -113,7 +113,7 @@ def test_images(emulation: Emulation, neon: CpuFacts, batch: int, packing: str, 
     check(emulation, neon, mask, x, packing, "sparse_tile", "pack_mask", "gather", **geometry)
 
 
-@pytest.mark.parametrize(("tokens", "kernel"), [(1, "one_token"), (3, "few_tokens"), (37, "sparse_tile")])
+@pytest.mark.parametrize(("tokens", "kernel"), [(1, "one_token"), (3, "few_tokens"), (37, "pair_tile")])
 def test_tokens(emulation: Emulation, neon: CpuFacts, tokens: int, kernel: str) -> None:
     check(emulation, neon, random_mask(19, 23), torch.randn(tokens, 23), kernel)
 
