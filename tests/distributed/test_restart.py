@@ -24,7 +24,7 @@ def launch(folder, *more):
         "--checkpoint", str(folder / "run.pt2"), *OPTIONS,
     ]  # fmt: skip
     folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
     with open(folder / "log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -44,8 +44,13 @@ def wait_for(condition, agent, what):
 
 
 def finish(agent, folder):
+    code = None
     try:
         code = agent.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        for worker in workers_of(agent):  # the log then says where each of them waits
+            os.kill(worker, signal.SIGABRT)
+            time.sleep(1)
     finally:
         stop(agent)
     log = (folder / "log").read_text()
