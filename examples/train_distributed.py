@@ -123,6 +123,17 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
             say(f"step {step + 1}: loss {loss.item():.4f}, {len(masks.updates)} mask updates")
 
 
+def meet(backend: str) -> None:
+    """Join the other processes.
+
+    torchrun lets all its attempts share one store, where the addresses of processes that died still stand. Who comes back a little earlier
+    than the others would read them and wait for nobody, so that every attempt gets keys of its own.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=world)
+
+
 def say(text: str) -> None:
     """Print in one process."""
     if dist.get_rank() == 0:
@@ -147,7 +158,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    meet("nccl" if cuda else "gloo")
     train(arguments, device)
     dist.destroy_process_group()
 
