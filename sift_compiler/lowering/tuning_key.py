@@ -34,22 +34,11 @@ def tuning_key(
         items = f"up to {1 << (choice.count - 1).bit_length()} tokens"
     else:
         items = "whole vectors of images" if tile.lanes == "batch" else f"{choice.count} images"
-    kept = index[index >= 0]
-    entries = math.prod(spec.weight_shape)
+    kept, entries = int((index >= 0).sum()), math.prod(spec.weight_shape)
+    loads = measured_loads(index, spec)
     return {
         "layer": dataclasses.replace(spec, nnz=0, bias=False),
-        "density": round(4 * math.log2(max(kept.size, 1) / max(entries, 1))),
-        "shared": round(8 * shared_columns(kept, spec)), "loads of four rows": round(8 * measured_loads(index, spec)[3]),
+        "density": round(4 * math.log2(max(kept, 1) / max(entries, 1))),
+        "loads of two and four rows": (round(16 * loads[1]), round(8 * loads[3])),
         "size": size, "items": items, "lanes": tile.lanes, "cpu": cpu, "threads": threads,
     }  # fmt: skip
-
-
-def shared_columns(kept: npt.NDArray[np.int32], spec: LayerSpec) -> float:
-    """Share of kept weights, in [0, 1], whose column the other row of their pair keeps, too: the density of an unstructured mask, 1 of blocks 2×1."""
-    columns = math.prod(spec.weight_shape[1:])
-    if not kept.size:
-        return 0.0
-    mask = np.zeros((spec.out_channels + spec.out_channels % 2) * columns, bool)
-    mask[kept] = True
-    pairs = mask.reshape(-1, 2, columns)
-    return 2 * int(np.count_nonzero(pairs[:, 0] & pairs[:, 1])) / kept.size

@@ -12,7 +12,7 @@ from sift_compiler.lowering.choose import choose
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.packing import packing
 from sift_compiler.lowering.specification import LayerSpec
-from sift_compiler.lowering.tuning_key import shared_columns, tuning_key
+from sift_compiler.lowering.tuning_key import tuning_key
 
 AVX512 = CpuFacts(name="avx512", lanes=16, registers=32)
 AVX2 = CpuFacts(name="avx2", lanes=8, registers=16)
@@ -70,16 +70,6 @@ def masks() -> dict[str, np.ndarray]:
     single = random.random((rows, columns)) < 0.25
     pairs = np.repeat(random.random((rows // 2, columns)) < 0.25, 2, axis=0)
     return {name: np.flatnonzero(mask).astype(np.int32) for name, mask in (("single", single), ("pairs", pairs))}
-
-
-def test_blocks_share_columns_and_unstructured_masks_as_many_as_chance_has_it():
-    spec = LayerSpec(kind="conv2d", weight_shape=(32, 96, 3, 3), nnz=1)
-    found = {name: shared_columns(index, spec) for name, index in masks().items()}
-    assert found["pairs"] == 1
-    assert abs(found["single"] - 0.25) < 0.03
-    odd = LayerSpec(kind="linear", weight_shape=(3, 4), nnz=2)
-    assert shared_columns(np.array([8, 9], np.int32), odd) == 0
-    assert shared_columns(np.array([], np.int32), odd) == 0
 
 
 def test_the_key_tells_layers_apart_but_not_masks_that_are_alike():
