@@ -31,14 +31,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["host", "x86-64-v3", "x86-64"])
-def cpu(request: pytest.FixtureRequest) -> str:
-    name = host_cpu().name if request.param == "host" else str(request.param)
-    if host_cpu().lanes < cpu_facts(name).lanes:
-        pytest.skip(f"this machine is not an {name}")
-    return name
-
-
 def random_index(out: int, features: int, density: float, *, in_order: bool = True) -> Tensor:
     """Flat positions of a random mask with an empty row, a full row and one of a single weight."""
     mask = torch.rand(out, features) < density

@@ -24,6 +24,7 @@ from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.pair_part import PairPart
 from sift_compiler.runtimes.tvm.prepare import prepare
 from sift_compiler.runtimes.tvm.target import cpu_facts, host_cpu
+from tests.runtimes.test_few_tokens import random_index
 
 TOLERANCE = 1e-5
 
@@ -34,26 +35,6 @@ def _every_mask_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose_pairs, "_DENSEST", 1.0)
     monkeypatch.setattr(choose_pairs, "_NEARLY", 10.0)
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=["host", "x86-64-v3", "x86-64"])
-def cpu(request: pytest.FixtureRequest) -> str:
-    name = host_cpu().name if request.param == "host" else str(request.param)
-    if host_cpu().lanes < cpu_facts(name).lanes:
-        pytest.skip(f"this machine is not an {name}")
-    return name
-
-
-def random_index(out: int, features: int, density: float, *, in_order: bool = True) -> Tensor:
-    """Flat positions of a random mask with an empty row, a full row and one of a single weight."""
-    mask = torch.rand(out, features) < density
-    mask[0] = False
-    mask[-1] = True
-    if out > 2:
-        mask[1] = False
-        mask[1, features // 2] = True
-    index = mask.view(-1).nonzero().squeeze(1)
-    return (index if in_order else index[torch.randperm(len(index))]).int()
 
 
 def layer(shape: tuple[int, int], index: Tensor) -> tuple[LayerSpec, Tensor, Tensor]:
