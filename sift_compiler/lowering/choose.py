@@ -1,7 +1,7 @@
 """Choose tiles for a layer, an input shape and a processor: a pure function with a reason in words.
 
-The rules come from measurements (docs/performance.md). Up to about 65 % sparsity the multiply-add units are the limit, so three rows
-share every load of x; above, few columns are shared, loads and cache are the limit, and a wider tile with fewer rows wins. Where a
+The rules come from measurements (docs/performance.md). Loads cost time beside multiply-adds: up to about 65 % sparsity three rows share every
+load of x, four and five where vectors lie across cache lines; above, few columns are shared, and a wider tile with fewer rows wins. Where a
 mask shares more loads between R rows than a random one would, as masks in blocks of R rows do, R rows are weighed by what they save.
 """
 

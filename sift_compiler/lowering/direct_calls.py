@@ -1,7 +1,7 @@
 """Operators called as plain functions, in graphs for inference that run as they were traced.
 
-The dispatcher, and what torch wraps around operators of Python, take a tenth of a millisecond per call, three times as long where layers
-have just driven Python out of the caches: together as much as a layer. Nothing asks the dispatcher for anything here: no gradients, no compiler
+The dispatcher, and what torch wraps around operators of Python, take longer the more layers have driven Python out of the caches: of a
+whole network as much as a layer. Nothing asks the dispatcher for anything here: no gradients, no compiler
 behind, plain tensors.
 """
 
