@@ -78,9 +78,11 @@ class Runtime(Protocol):
         epilogue: Epilogue = PLAIN,
         tune: Tune = "off",
         freeze: bool = False,
+        winograd: int = 0,
     ) -> LiveKernel:
         """A live kernel for ``spec``; ``name`` is the layer's module path, for messages and reports. One with an epilogue is for inference.
 
         ``tune`` says whether it may time tiles when it sees an input of a new shape, ``freeze`` whether it may keep a copy of the values
-        until it is given others, or their version says that they were changed.
+        until it is given others, or their version says that they were changed. ``winograd`` is the largest tile of Winograd's convolution that
+        it may use, 0 for none (see lowering.winograd).
         """

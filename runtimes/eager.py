@@ -61,6 +61,7 @@ class EagerRuntime:
         epilogue: Epilogue = PLAIN,
         tune: Tune = "off",
         freeze: bool = False,
+        winograd: int = 0,
     ) -> EagerKernel:
         """A kernel for ``spec``; torch's own thread setting holds, ``threads``, ``tune`` and ``freeze`` are not used."""
         return EagerKernel(spec, name, epilogue)

@@ -141,8 +141,9 @@ def _take(
         chain = find_chain(node) if inference else Chain()
         freeze = inference and compilation.options.freeze
         kernel: LiveKernel = runtime.build(
-            node.spec, node.name, threads, chain.epilogue, compilation.options.tune, freeze
-        )
+            node.spec, node.name, threads, chain.epilogue, compilation.options.tune, freeze,
+            compilation.options.winograd if inference else 0,
+        )  # fmt: skip
         if node.node in first:
             kernel = EveryWeight(kernel)
             dense.append(kernel)

@@ -117,7 +117,7 @@ class LanePart:
         pieces = shared(tiles, self.threads, self._groups, workers)
         tensors = (finish.scale, finish.shift, finish.residual)
         return (
-            _aligned(x), mask.stream, mask.block_column, mask.block_value, packed_values, bias,
+            aligned(x), mask.stream, mask.block_column, mask.block_value, packed_values, bias,
             *(self._one if t is None else t.view(-1) for t in tensors), self._phase, self._rows_ahead, *pieces, y.view(-1), *self._workspaces(),
             workers, self.threads, *self._geometry(), self._added, self._lowest,
         )  # fmt: skip
@@ -155,6 +155,6 @@ class LanePart:
         )  # fmt: skip
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """``x`` as a vector that begins on a cache line, as vectors in the kernel do."""
     return (x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()).view(-1)

@@ -26,12 +26,13 @@ from sift_compiler.runtimes.recompile import MaskWatch
 from sift_compiler.runtimes.tvm.input_gradient import InputGradient
 from sift_compiler.runtimes.tvm.lane_part import LanePart
 from sift_compiler.runtimes.tvm.output import fresh_output
-from sift_compiler.runtimes.tvm.prepare import LayerPart, prepare
+from sift_compiler.runtimes.tvm.prepare import LayerPart, prepare, prepare_lanes
 from sift_compiler.runtimes.tvm.tune import Tuner
 from sift_compiler.runtimes.tvm.values_gradient import ValuesGradient
+from sift_compiler.runtimes.tvm.winograd_part import WinogradPart
 from sift_compiler.runtimes.tvm.workspace import scratch
 
-AnyPart = LayerPart | LanePart
+AnyPart = LayerPart | LanePart | WinogradPart
 
 _log = logging.getLogger(__name__)
 
@@ -48,14 +49,15 @@ class TvmKernel:
         epilogue: what is done to finished sums; gradients know nothing of it.
         tuner: what chooses tiles, by measurements.
         freeze: bring values into the order of the program once (see program_values); gradients know nothing of it.
+        winograd: largest tile of Winograd's convolution, 0 for none; gradients know nothing of it.
     """
 
     def __init__(
         self, spec: LayerSpec, name: str, threads: int, cpu: CpuFacts, specialisations: Specialisations | None = None,
-        epilogue: Epilogue = PLAIN, tuner: Tuner | None = None, freeze: bool = False,
+        epilogue: Epilogue = PLAIN, tuner: Tuner | None = None, freeze: bool = False, winograd: int = 0,
     ) -> None:  # fmt: skip
         self.spec, self.name, self.threads, self.cpu, self.epilogue = spec, name, threads, cpu, epilogue
-        self._freeze = freeze
+        self._freeze, self._winograd = freeze, winograd
         self.specialisations = specialisations or Specialisations(backward=Specialisations())
         backward = self.specialisations.backward or Specialisations()
         derived = functools.partial(
@@ -87,7 +89,7 @@ class TvmKernel:
         if known is not None:
             return known[0]
         loads = None if index is None else measured_loads(index.numpy(), self.spec)
-        parts = choose(self.spec, self._flat(input_shape), self.cpu, loads=loads)
+        parts = choose(self.spec, self._flat(input_shape), self.cpu, loads=loads, largest=self._winograd)
         if index is not None:
             host, size, side_by_side = index.numpy(), self._size(input_shape), len(input_shape) == 5
             parts = tuple(
@@ -213,7 +215,7 @@ class TvmKernel:
         plan = self.plan(shape, index)
         size = self._size(shape)
         begin = time.perf_counter()
-        build = LanePart if len(shape) == 5 else prepare
+        build = prepare_lanes if len(shape) == 5 else prepare
         parts = tuple(
             build(self.spec, part, size, self.cpu, self.threads, self.epilogue, self._freeze) for part in plan.parts
         )

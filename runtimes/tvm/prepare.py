@@ -6,9 +6,11 @@ from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.plan import Choice
 from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.runtimes.tvm.lane_part import LanePart
 from sift_compiler.runtimes.tvm.pair_part import PairPart
 from sift_compiler.runtimes.tvm.part import Part
 from sift_compiler.runtimes.tvm.row_part import RowPart
+from sift_compiler.runtimes.tvm.winograd_part import WinogradPart
 
 LayerPart = Part | RowPart | PairPart
 
@@ -23,3 +25,12 @@ def prepare(
     if choice.tile.lanes == "pairs":
         return PairPart(spec, choice, cpu, threads, epilogue, freeze, recorded)
     return Part(spec, choice, size, cpu, threads, epilogue, freeze, recorded)
+
+
+def prepare_lanes(
+    spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int, epilogue: Epilogue = PLAIN,
+    freeze: bool = False,
+) -> LanePart | WinogradPart:  # fmt: skip
+    """The part that runs ``choice`` on images side by side; arguments as those of :class:`LanePart`."""
+    build = WinogradPart if choice.tile.lanes == "winograd" else LanePart
+    return build(spec, choice, size, cpu, threads, epilogue, freeze)

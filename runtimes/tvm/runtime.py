@@ -46,6 +46,7 @@ class TvmRuntime:
         epilogue: Epilogue = PLAIN,
         tune: Tune = "off",
         freeze: bool = False,
+        winograd: int = 0,
     ) -> TvmKernel:
         """A live kernel; machine code is made when the first input shows its shape, and tiles are measured then, if at all.
 
@@ -57,4 +58,4 @@ class TvmRuntime:
             raise UnsupportedError(f"{name}: {reason}. Use runtime='eager'.")
         if threads > 1:
             ensure_pool(threads)
-        return TvmKernel(spec, name, max(1, threads), host_cpu(), epilogue=epilogue, tuner=Tuner(tune), freeze=freeze)
+        return TvmKernel(spec, name, max(1, threads), host_cpu(), epilogue=epilogue, tuner=Tuner(tune), freeze=freeze, winograd=winograd)

@@ -7,6 +7,7 @@ mask shares more loads between R rows than a random one would, as masks in block
 
 from __future__ import annotations
 
+from sift_compiler.lowering import winograd
 from sift_compiler.lowering.choose_pairs import choose_pairs
 from sift_compiler.lowering.choose_rows import choose_rows
 from sift_compiler.lowering.cpu import CpuFacts
@@ -22,6 +23,8 @@ _LINE = 16
 _SAVED = 0.1
 """Share of the loads of x that a mask must save against a random one before its rows are weighed by it: less is chance."""
 _FEW_LOADS = 0.3
+_WORTH_ZEROS = 0.95
+"""Winograd's convolution is taken where it takes at most this share of the time: it needs more memory, and its errors are larger."""
 _WORTH_OF_A_LOAD = 0.5
 """Time that a tile saves with every load of x per kept weight that it saves (measured)."""
 
@@ -172,9 +175,22 @@ def _choose_images(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts, loads
     return tuple(parts)
 
 
-def _choose_image_vectors(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts, loads: Loads | None) -> Choice:
+def _dense_cost(spec: LayerSpec, cost: float) -> float:
+    """A cost of :func:`_cost` in the unit of :func:`winograd.cost` (measured at 50, 75 and 90 % sparsity)."""
+    density = 1 - spec.sparsity
+    return density * (2.05 - density) * cost
+
+
+def _choose_image_vectors(
+    spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts, loads: Loads | None, largest: int
+) -> Choice:
     """The tile of a convolution whose input lies with images side by side: ``shape`` is (groups of images, C, H, W, lanes)."""
-    tile, cost = _image_tile(spec, spec.output_size(shape[2], shape[3]), cpu, loads)
+    output = spec.output_size(shape[2], shape[3])
+    tile, cost = _image_tile(spec, output, cpu, loads)
+    dense = winograd.best(spec, output, largest, cpu)
+    if dense is not None and dense[1] < _WORTH_ZEROS * _dense_cost(spec, cost):
+        reason = f"sparsity {spec.sparsity:.2f}: {dense[0]}, zeros multiplied too, relative cost {dense[1]:.2f} against {_dense_cost(spec, cost):.2f}"
+        return Choice(tile=dense[0], first=0, count=shape[0] * shape[4], reason=reason)
     reason = f"{_describe(spec, tile)}; images stay side by side between sparse layers, relative cost {cost:.2f}"
     return Choice(tile=tile, first=0, count=shape[0] * shape[4], reason=reason)
 
@@ -206,6 +222,7 @@ def choose(
     *,
     whole_vectors: bool = False,
     loads: Loads | None = None,
+    largest: int = 0,
 ) -> tuple[Choice, ...]:
     """Tiles for one layer.
 
@@ -215,6 +232,7 @@ def choose(
         cpu: the processor.
         whole_vectors: leave out what serves few tokens only: lanes are whole vectors of images, positions or tokens.
         loads: how many loads of x the mask needs (see :func:`sharing.measured_loads`); by default those of a random one.
+        largest: tiles of Winograd's convolution at most, 0 for none (see lowering.winograd).
 
     Returns:
         The parts of the batch and their tiles; empty for an empty batch. Where ``count`` reaches past the batch, the lanes that are
@@ -229,5 +247,5 @@ def choose(
         many = few or (None if whole_vectors or structured else choose_pairs(spec, input_shape[0], cpu))
         return _choose_tokens(spec, input_shape[0], cpu, loads) if many is None else (many,)
     if len(input_shape) == 5:
-        return (_choose_image_vectors(spec, input_shape, cpu, loads),)
+        return (_choose_image_vectors(spec, input_shape, cpu, loads, largest),)
     return _choose_images(spec, input_shape, cpu, loads)

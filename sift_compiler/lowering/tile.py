@@ -7,9 +7,10 @@ from typing import Literal
 
 from sift_compiler.errors import UserError
 
-Lanes = Literal["batch", "space", "pairs", "weights", "tokens"]
+Lanes = Literal["batch", "space", "pairs", "weights", "tokens", "winograd"]
 """What lies side by side in a vector: the same position of several images (tokens), or neighbouring positions. Tokens
-with output rows in pairs (lowering.pair_program) for many of them. For few tokens, which run by row programs (lowering.row_program): the kept weights of one output row with one token, the tokens with some."""
+with output rows in pairs (lowering.pair_program) for many of them. For few tokens, which run by row programs (lowering.row_program): the kept weights of one output row with one token, the tokens with some. Or images, or tiles of one
+image, with Winograd's convolution (lowering.winograd)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,156 @@
+"""The steps of Winograd's convolution as functions of their own (see subroutines): transform of the input, products, transform of the sums."""
+
+# The annotations of a TIR function are values, evaluated in the enclosing function.
+# ruff: noqa: N806
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, valid-type"
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm.script import tirx as T
+
+from sift_compiler.lowering.winograd import Matrix, transforms
+from sift_compiler.runtimes.tvm.registers import IN_REGISTERS, registers
+from sift_compiler.runtimes.tvm.subroutines import SUBROUTINE
+
+_MOST = 2**31 - 1
+
+
+def combination(coefficients: Sequence[float], terms: Sequence[Any], splat: Callable[[float], Any]) -> Any:
+    """The expression Σ coefficient · term. Additions and subtractions come first: what follows are multiply-adds.
+
+    Args:
+        coefficients: numbers, not all 0.
+        terms: expressions, as many.
+        splat: a number as an expression of the terms' type.
+    """
+    ranked = sorted((pair for pair in zip(coefficients, terms, strict=True) if pair[0]), key=lambda pair: (pair[0] != 1, abs(pair[0]) != 1))
+    first, made = ranked[0]
+    made = made if first == 1 else splat(first) * made
+    for coefficient, term in ranked[1:]:
+        made = made + term if coefficient == 1 else made - term if coefficient == -1 else made + splat(coefficient) * term
+    return made
+
+
+def _apply(matrix: Matrix, source: Callable[[int], Any], store: Callable[[int, Any], None], lanes: int) -> None:
+    """Write the statements ``store(i, Σ matrix[i][j] source(j))`` into the TIR function that is being written."""
+    for i, row in enumerate(matrix):
+        terms = [source(j) if coefficient else None for j, coefficient in enumerate(row)]
+        store(i, combination(row, terms, lambda number: T.broadcast(T.float32(number), lanes)))
+
+
+def _vector(place: Any, lanes: int) -> Any:
+    return T.ramp(place, 1, lanes)
+
+
+# fmt: off
+def input_transform(*, lanes: int, size: int, symbol: str) -> Any:
+    """The TIR function ``(x, down, next_down, across, next_across, v, step)``: Bᵀ d B of the inputs d [m + 2, m + 2] of a tile.
+
+    Vector (i, j) of d begins at ``x[i % m · down + i // m · next_down + j % m · across + j // m · next_across]``, vector (i, j) of the
+    result at ``v[((m + 2) i + j) · step]``.
+
+    Args:
+        lanes: float32 lanes of a vector.
+        size: m.
+        symbol: what the function is called.
+    """
+    L, N, matrix = lanes, size + 2, transforms(size).input
+
+    def columns(X, d, down, next_down, across, next_across):
+        for j in range(N):
+            place = j % size * across + j // size * next_across
+            _apply(
+                matrix, lambda i, place=place: X[_vector(i % size * down + i // size * next_down + place, L)],
+                lambda i, made, j=j: T.buffer_store(d, made, [_vector((i * N + j) * L, L)]), L,
+            )
+
+    def rows(d, V, step):
+        for i in range(N):
+            _apply(
+                matrix, lambda j, i=i: d[_vector((i * N + j) * L, L)],
+                lambda j, made, i=i: T.buffer_store(V, made, [_vector((i * N + j) * step, L)]), L,
+            )
+
+    @T.prim_func
+    def transform(
+        x: T.handle("float32"), down: T.int32, next_down: T.int32, across: T.int32, next_across: T.int32, v: T.handle("float32"), step: T.int32,
+    ):
+        T.func_attr({"tirx.noalias": True, IN_REGISTERS: True, SUBROUTINE: symbol})
+        X = T.decl_buffer((_MOST,), "float32", data=x)
+        V = T.decl_buffer((_MOST,), "float32", data=v)
+        d = registers(N * N * L)
+        columns(X, d, down, next_down, across, next_across)
+        rows(d, V, step)
+
+    return transform.without_attr("global_symbol")
+
+
+def products(*, lanes: int, rows: int, vectors: int, symbol: str) -> Any:
+    """The TIR function ``(u, v, m, channels, blocks, step)``: for each of ``blocks`` blocks b of output channels
+
+        m[b · step + (r · vectors + p) · lanes] = Σ_c u[(b · channels + c) · rows + r] v[(c · vectors + p) · lanes]
+
+    with all sums of a block in registers.
+
+    Args:
+        lanes: float32 lanes of a vector.
+        rows: output channels of a block.
+        vectors: p.
+        symbol: what the function is called.
+    """
+    L, R, P = lanes, rows, vectors
+
+    @T.prim_func
+    def multiply(
+        u: T.handle("float32"), v: T.handle("float32"), m: T.handle("float32"), channels: T.int32, blocks: T.int32, step: T.int32,
+    ):
+        T.func_attr({"tirx.noalias": True, IN_REGISTERS: True, SUBROUTINE: symbol})
+        U = T.decl_buffer((_MOST,), "float32", data=u)
+        V = T.decl_buffer((_MOST,), "float32", data=v)
+        M = T.decl_buffer((_MOST,), "float32", data=m)
+        for b in range(blocks):
+            acc = registers(R * P * L)
+            for s in T.unroll(R * P):
+                acc[T.ramp(s * L, 1, L)] = T.broadcast(T.float32(0), L)
+            for c in range(channels):
+                for r in T.unroll(R):
+                    for p in T.unroll(P):
+                        acc[T.ramp((r * P + p) * L, 1, L)] = (
+                            acc[T.ramp((r * P + p) * L, 1, L)]
+                            + T.broadcast(U[(b * channels + c) * R + r], L) * V[T.ramp((c * P + p) * L, 1, L)]
+                        )
+            for s in T.unroll(R * P):
+                M[T.ramp(b * step + s * L, 1, L)] = acc[T.ramp(s * L, 1, L)]
+
+    return multiply.without_attr("global_symbol")
+
+
+def transform_back(M: Any, begin: Any, step: Any, scratch: Any, Y: Any, target: Any, lanes: int, size: int) -> None:
+    """Write the statements of Aᵀ M A into the TIR function that is being written.
+
+    No function of its own: LLVM would put one so small into its caller, and then takes for granted that buffers of different names lie
+    apart.
+
+    Args:
+        M: a buffer; vector (i, j) of a tile's sums begins at ``begin + ((m + 2) i + j) · step``.
+        begin, step: int32 expressions.
+        scratch: a local buffer of m · (m + 2) vectors.
+        Y: the buffer of the result, [m, m, lanes] from ``target`` on.
+        target: int32 expression.
+        lanes: float32 lanes of a vector.
+        size: m.
+    """
+    L, N, matrix = lanes, size + 2, transforms(size).output
+    for j in range(N):
+        _apply(
+            matrix, lambda i, j=j: M[_vector(begin + (i * N + j) * step, L)],  # type: ignore[misc]
+            lambda i, made, j=j: T.buffer_store(scratch, made, [_vector((i * N + j) * L, L)]), L,  # type: ignore[misc]
+        )
+    for i in range(size):
+        _apply(
+            matrix, lambda j, i=i: scratch[_vector((i * N + j) * L, L)],  # type: ignore[misc]
+            lambda j, made, i=i: T.buffer_store(Y, made, [_vector(target + (i * size + j) * L, L)]), L,  # type: ignore[misc]
+        )
+# fmt: on
