@@ -45,7 +45,7 @@ def finished_at_run_time(
     if epilogue.activation != "none":
         return value
     value = T.if_then_else(added > 0, value + residual, value)
-    lowest = T.broadcast(lowest, lanes)
+    lowest = T.broadcast(lowest, lanes) if lanes > 1 else lowest
     # Not T.max: a NaN must stay one.
     return T.Select(value < lowest, lowest, value)
 

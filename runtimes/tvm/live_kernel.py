@@ -29,10 +29,10 @@ from sift_compiler.runtimes.tvm.output import fresh_output
 from sift_compiler.runtimes.tvm.prepare import LayerPart, prepare, prepare_lanes
 from sift_compiler.runtimes.tvm.tune import Tuner
 from sift_compiler.runtimes.tvm.values_gradient import ValuesGradient
-from sift_compiler.runtimes.tvm.winograd_part import WinogradPart
+from sift_compiler.runtimes.tvm.winograd_lane_part import WinogradLanePart
 from sift_compiler.runtimes.tvm.workspace import scratch
 
-AnyPart = LayerPart | LanePart | WinogradPart
+AnyPart = LayerPart | LanePart | WinogradLanePart
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class TvmKernel:
         if known is not None:
             return known[0]
         loads = None if index is None else measured_loads(index.numpy(), self.spec)
-        parts = choose(self.spec, self._flat(input_shape), self.cpu, loads=loads, largest=self._winograd)
+        parts = choose(self.spec, self._flat(input_shape), self.cpu, loads=loads, largest=self._winograd, frozen=self._freeze)
         if index is not None:
             host, size, side_by_side = index.numpy(), self._size(input_shape), len(input_shape) == 5
             parts = tuple(

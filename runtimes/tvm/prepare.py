@@ -10,9 +10,10 @@ from sift_compiler.runtimes.tvm.lane_part import LanePart
 from sift_compiler.runtimes.tvm.pair_part import PairPart
 from sift_compiler.runtimes.tvm.part import Part
 from sift_compiler.runtimes.tvm.row_part import RowPart
-from sift_compiler.runtimes.tvm.winograd_part import WinogradPart
+from sift_compiler.runtimes.tvm.winograd_lane_part import WinogradLanePart
+from sift_compiler.runtimes.tvm.winograd_space_part import WinogradSpacePart
 
-LayerPart = Part | RowPart | PairPart
+LayerPart = Part | RowPart | PairPart | WinogradSpacePart
 
 
 def prepare(
@@ -22,6 +23,8 @@ def prepare(
     """The part that runs ``choice``; arguments as those of :class:`Part`."""
     if choice.tile.lanes in ("weights", "tokens"):
         return RowPart(spec, choice, cpu, threads, epilogue, freeze, recorded)
+    if choice.tile.lanes == "winograd":
+        return WinogradSpacePart(spec, choice, size, cpu, threads, epilogue, freeze)
     if choice.tile.lanes == "pairs":
         return PairPart(spec, choice, cpu, threads, epilogue, freeze, recorded)
     return Part(spec, choice, size, cpu, threads, epilogue, freeze, recorded)
@@ -30,7 +33,7 @@ def prepare(
 def prepare_lanes(
     spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int, epilogue: Epilogue = PLAIN,
     freeze: bool = False,
-) -> LanePart | WinogradPart:  # fmt: skip
+) -> LanePart | WinogradLanePart:  # fmt: skip
     """The part that runs ``choice`` on images side by side; arguments as those of :class:`LanePart`."""
-    build = WinogradPart if choice.tile.lanes == "winograd" else LanePart
+    build = WinogradLanePart if choice.tile.lanes == "winograd" else LanePart
     return build(spec, choice, size, cpu, threads, epilogue, freeze)

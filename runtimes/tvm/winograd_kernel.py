@@ -149,7 +149,7 @@ def winograd_lanes(
                         down: T.let[T.int32] = (first + p) // tiles_across * S
                         right: T.let[T.int32] = (first + p) % tiles_across * S
                         back = registers(S * N * L)
-                        transform_back(Q, q0 + ((k // R * N * N * R + k % R) * P + p) * L, R * P * L, back, O, o0, L, S)
+                        transform_back(Q, q0 + ((k // R * N * N * R + k % R) * P + p) * L, R * P * L, back, O, o0, L, L, S)
                         for i, j in T.grid(T.min(S, out_height - down), T.min(S, out_width - right)):
                             place: T.let[T.int32] = (((image * M + m) * out_height + down + i) * out_width + right + j) * L
                             Z[T.ramp(worker * L, 1, L)] = Z[T.ramp(worker * L, 1, L)] + (

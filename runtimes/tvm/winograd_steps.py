@@ -127,7 +127,9 @@ def products(*, lanes: int, rows: int, vectors: int, symbol: str) -> Any:
     return multiply.without_attr("global_symbol")
 
 
-def transform_back(M: Any, begin: Any, step: Any, scratch: Any, Y: Any, target: Any, lanes: int, size: int) -> None:
+def transform_back(
+    M: Any, begin: Any, step: Any, scratch: Any, Y: Any, target: Any, apart: Any, lanes: int, size: int
+) -> None:
     """Write the statements of Aᵀ M A into the TIR function that is being written.
 
     No function of its own: LLVM would put one so small into its caller, and then takes for granted that buffers of different names lie
@@ -137,8 +139,8 @@ def transform_back(M: Any, begin: Any, step: Any, scratch: Any, Y: Any, target: 
         M: a buffer; vector (i, j) of a tile's sums begins at ``begin + ((m + 2) i + j) · step``.
         begin, step: int32 expressions.
         scratch: a local buffer of m · (m + 2) vectors.
-        Y: the buffer of the result, [m, m, lanes] from ``target`` on.
-        target: int32 expression.
+        Y: the buffer of the result; vector (i, j) begins at ``target + (m i + j) · apart``.
+        target, apart: int32 expressions.
         lanes: float32 lanes of a vector.
         size: m.
     """
@@ -151,6 +153,6 @@ def transform_back(M: Any, begin: Any, step: Any, scratch: Any, Y: Any, target: 
     for i in range(size):
         _apply(
             matrix, lambda j, i=i: scratch[_vector((i * N + j) * L, L)],  # type: ignore[misc]
-            lambda j, made, i=i: T.buffer_store(Y, made, [_vector(target + (i * size + j) * L, L)]), L,  # type: ignore[misc]
+            lambda j, made, i=i: T.buffer_store(Y, made, [_vector(target + (i * size + j) * apart, L)]), L,  # type: ignore[misc]
         )
 # fmt: on

@@ -7,6 +7,8 @@ mask shares more loads between R rows than a random one would, as masks in block
 
 from __future__ import annotations
 
+import dataclasses
+
 from sift_compiler.lowering import winograd
 from sift_compiler.lowering.choose_pairs import choose_pairs
 from sift_compiler.lowering.choose_rows import choose_rows
@@ -23,6 +25,8 @@ _LINE = 16
 _SAVED = 0.1
 """Share of the loads of x that a mask must save against a random one before its rows are weighed by it: less is chance."""
 _FEW_LOADS = 0.3
+_POSITIONS = 1.2
+"""Time with lanes over positions beside that with lanes over images of the same cost."""
 _WORTH_ZEROS = 0.95
 """Winograd's convolution is taken where it takes at most this share of the time: it needs more memory, and its errors are larger."""
 _WORTH_OF_A_LOAD = 0.5
@@ -154,11 +158,23 @@ def _describe(spec: LayerSpec, tile: Tile) -> str:
     return f"sparsity {spec.sparsity:.2f}: {tile.rows} rows share each load"
 
 
-def _choose_images(spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts, loads: Loads | None) -> tuple[Choice, ...]:
+def _zeros_too(spec: LayerSpec, dense: winograd.Fallback, otherwise: float) -> str:
+    return f"sparsity {spec.sparsity:.2f}: Winograd's convolution, zeros multiplied too, relative cost {dense.cost:.2f} against {otherwise:.2f}"
+
+
+def _choose_images(
+    spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts, loads: Loads | None, largest: int, frozen: bool
+) -> tuple[Choice, ...]:
     count, size = shape[0], (shape[2], shape[3])
     output, lanes = spec.output_size(*size), cpu.lanes
     groups, rest = divmod(count, lanes)
     images, image_cost = _image_tile(spec, output, cpu, loads)
+    dense = winograd.of_positions(spec, output, count, largest, frozen, cpu)
+    if dense is not None:
+        alone = _space_tile(spec, count, output, size, cpu, loads)[1] * _POSITIONS
+        otherwise = _dense_cost(spec, image_cost if groups else min(alone, image_cost * lanes / rest))
+        if dense.cost < _WORTH_ZEROS * otherwise:
+            return (Choice(tile=dense.tile, first=0, count=count, reason=_zeros_too(spec, dense, otherwise)),)
     parts = []
     if groups:
         reason = f"{_describe(spec, images)}; lanes over {lanes} images, relative cost {image_cost:.2f}"
@@ -182,17 +198,22 @@ def _dense_cost(spec: LayerSpec, cost: float) -> float:
 
 
 def _choose_image_vectors(
-    spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts, loads: Loads | None, largest: int
+    spec: LayerSpec, shape: tuple[int, ...], cpu: CpuFacts, loads: Loads | None, largest: int, frozen: bool
 ) -> Choice:
     """The tile of a convolution whose input lies with images side by side: ``shape`` is (groups of images, C, H, W, lanes)."""
     output = spec.output_size(shape[2], shape[3])
     tile, cost = _image_tile(spec, output, cpu, loads)
-    dense = winograd.best(spec, output, largest, cpu)
-    if dense is not None and dense[1] < _WORTH_ZEROS * _dense_cost(spec, cost):
-        reason = f"sparsity {spec.sparsity:.2f}: {dense[0]}, zeros multiplied too, relative cost {dense[1]:.2f} against {_dense_cost(spec, cost):.2f}"
-        return Choice(tile=dense[0], first=0, count=shape[0] * shape[4], reason=reason)
+    dense = winograd.of_image_vectors(spec, output, shape[0] * shape[4], largest, frozen, cpu)
+    if dense is not None and dense.cost < _WORTH_ZEROS * _dense_cost(spec, cost):
+        return Choice(tile=dense.tile, first=0, count=shape[0] * shape[4], reason=_zeros_too(spec, dense, _dense_cost(spec, cost)))
     reason = f"{_describe(spec, tile)}; images stay side by side between sparse layers, relative cost {cost:.2f}"
     return Choice(tile=tile, first=0, count=shape[0] * shape[4], reason=reason)
+
+
+def sparse_space(spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts) -> Choice:
+    """``choice`` with lanes over positions and kept weights alone."""
+    tile, _ = _space_tile(spec, choice.count, spec.output_size(*size), size, cpu, None)
+    return dataclasses.replace(choice, tile=tile, reason=_describe(spec, tile))
 
 
 def _choose_tokens(spec: LayerSpec, tokens: int, cpu: CpuFacts, loads: Loads | None) -> tuple[Choice, ...]:
@@ -223,6 +244,7 @@ def choose(
     whole_vectors: bool = False,
     loads: Loads | None = None,
     largest: int = 0,
+    frozen: bool = False,
 ) -> tuple[Choice, ...]:
     """Tiles for one layer.
 
@@ -233,6 +255,7 @@ def choose(
         whole_vectors: leave out what serves few tokens only: lanes are whole vectors of images, positions or tokens.
         loads: how many loads of x the mask needs (see :func:`sharing.measured_loads`); by default those of a random one.
         largest: tiles of Winograd's convolution at most, 0 for none (see lowering.winograd).
+        frozen: values are seldom changed; what is made of them need not be made at every call.
 
     Returns:
         The parts of the batch and their tiles; empty for an empty batch. Where ``count`` reaches past the batch, the lanes that are
@@ -247,5 +270,5 @@ def choose(
         many = few or (None if whole_vectors or structured else choose_pairs(spec, input_shape[0], cpu))
         return _choose_tokens(spec, input_shape[0], cpu, loads) if many is None else (many,)
     if len(input_shape) == 5:
-        return (_choose_image_vectors(spec, input_shape, cpu, loads, largest),)
-    return _choose_images(spec, input_shape, cpu, loads)
+        return (_choose_image_vectors(spec, input_shape, cpu, loads, largest, frozen),)
+    return _choose_images(spec, input_shape, cpu, loads, largest, frozen)

@@ -12,7 +12,7 @@ of Barabasz et al. (2020), whose error in float32 is a third of that of 0, ±1, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -81,10 +81,18 @@ def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
 
 # --- the choice -----------------------------------------------------------------------------------------------------
 
-_MULTIPLIED = 0.62
-"""Share of the peak at which the products run."""
+_LOAD, _STEPS = 0.6, 1.2
+"""Time of a load beside multiply-adds (docs/performance.md), and of the products over that of their loads and multiply-adds."""
 _READING, _WRITING = 70, 30
-"""Vector multiply-adds in whose time one number is transformed before and after the products."""
+"""Vector multiply-adds in whose time one vector is transformed before and after the products, with images side by side …"""
+_GATHERING, _SCATTERING = 90, 60
+"""… and with tiles of one image."""
+_STREAMED = 3
+"""The same for one number of the weights, read past the second-level cache for the tiles of one image."""
+_REMADE = 350
+"""The same for all numbers of a weight of one channel to one other."""
+_SHAPES = {True: ((6, 4), (4, 6), (6, 3), (5, 5), (6, 2)), False: ((4, 3), (6, 2), (3, 4))}
+"""Output channels and vectors whose sums are held in registers, by whether there are at least 32 of them."""
 _CACHED_BYTES, _HALF_SPEED_BYTES = 8 * 2**20, 100 * 2**20
 """Transformed weights up to the first number come from the caches at full speed; this many more take twice the time."""
 _MOST_BYTES = 48 * 2**20
@@ -99,40 +107,80 @@ def fits(spec: LayerSpec) -> bool:
     )  # fmt: skip
 
 
-def rows_and_vectors(cpu: CpuFacts) -> tuple[int, int]:
-    """Output channels and vectors of tiles whose products are summed in registers at once."""
-    return (6, 4) if cpu.registers >= 32 else (4, 3)
-
-
 def weight_bytes(spec: LayerSpec, size: int) -> int:
     """Bytes of the transformed weights."""
     return 4 * spec.out_channels * spec.in_channels * (size + TAPS - 1) ** 2
 
 
-def cost(spec: LayerSpec, output: tuple[int, int], size: int, vectors: int) -> float:
-    """Time in vector multiply-adds at full speed, per multiply-add of the dense convolution, with ``vectors`` tiles at a time."""
-    tiles = -(-output[0] // size) * -(-output[1] // size)
-    tiles = -(-tiles // vectors) * vectors
-    channels = spec.in_channels * spec.out_channels
-    past_caches = max(0, weight_bytes(spec, size) - _CACHED_BYTES) / _HALF_SPEED_BYTES
-    products = channels / _MULTIPLIED * (1 + past_caches)
-    transformed = _READING * spec.in_channels + _WRITING * spec.out_channels
-    return tiles * (size + TAPS - 1) ** 2 * (products + transformed) / (9 * channels * output[0] * output[1])
+@dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """A tile and its cost: time in vector multiply-adds at full speed, per multiply-add of the dense convolution."""
+
+    tile: Tile
+    cost: float
 
 
-def best(spec: LayerSpec, output: tuple[int, int], largest: int, cpu: CpuFacts) -> tuple[Tile, float] | None:
-    """The tile of least :func:`cost` and its cost, with images side by side; None if the layer does not fit.
+def of_image_vectors(
+    spec: LayerSpec, output: tuple[int, int], images: int, largest: int, frozen: bool, cpu: CpuFacts
+) -> Fallback | None:
+    """The best tile with images side by side; None if the layer does not fit.
 
     Args:
         spec: the layer.
         output: height and width of its output.
+        images: how many there are.
         largest: m at most; 0 for never.
+        frozen: weights are transformed once, not at every call.
         cpu: the processor.
     """
-    sizes = [size for size in _POINTS if size <= largest and weight_bytes(spec, size) <= _MOST_BYTES]
-    if not sizes or not fits(spec):
+
+    def vectors(size: int) -> int:
+        return -(-output[0] // size) * -(-output[1] // size)
+
+    full = output[0] * output[1]
+    return _best(spec, vectors, full, images / cpu.lanes, largest, frozen, cpu, (_READING, _WRITING, 0))
+
+
+def of_positions(
+    spec: LayerSpec, output: tuple[int, int], images: int, largest: int, frozen: bool, cpu: CpuFacts
+) -> Fallback | None:
+    """The best tile with tiles of one image side by side; arguments as those of :func:`of_image_vectors`."""
+
+    def vectors(size: int) -> int:
+        return -(-(-(-output[0] // size) * (-(-output[1] // size) + 1) - 1) // cpu.lanes)
+
+    full = output[0] * output[1] / cpu.lanes
+    return _best(spec, vectors, full, images, largest, frozen, cpu, (_GATHERING, _SCATTERING, _STREAMED))
+
+
+def _best(
+    spec: LayerSpec, vectors: Callable[[int], int], full: float, repeats: float, largest: int, frozen: bool,
+    cpu: CpuFacts, transforming: tuple[int, int, int],
+) -> Fallback | None:  # fmt: skip
+    """``vectors`` of tiles, for a size, and ``full`` vectors of outputs are computed ``repeats`` times with the same weights."""
+    if not fits(spec):
         return None
-    rows, vectors = rows_and_vectors(cpu)
-    size = min(sizes, key=lambda size: cost(spec, output, size, vectors))
-    tile = Tile(lanes="winograd", vector=cpu.lanes, rows=rows, height=size, width=vectors, channels=spec.in_channels)
-    return tile, cost(spec, output, size, vectors)
+    found = []
+    for size in _POINTS:
+        if size <= largest and weight_bytes(spec, size) <= _MOST_BYTES:
+            for rows, width in _SHAPES[cpu.registers >= 32]:
+                tile = Tile(
+                    lanes="winograd", vector=cpu.lanes, rows=rows, height=size, width=width, channels=spec.in_channels
+                )
+                found.append(Fallback(tile=tile, cost=_cost(spec, tile, vectors(size), full, repeats, frozen, transforming)))
+    return min(found, key=lambda each: each.cost, default=None)
+
+
+def _cost(
+    spec: LayerSpec, tile: Tile, vectors: int, full: float, repeats: float, frozen: bool, transforming: tuple[int, int, int]
+) -> float:
+    rows, width = tile.rows, tile.width
+    loads = 1 + _LOAD * (rows + width) / (rows * width)
+    past_caches = max(0, weight_bytes(spec, tile.height) - _CACHED_BYTES) / _HALF_SPEED_BYTES
+    channels, wide = -(-spec.out_channels // rows) * rows, -(-vectors // width) * width
+    products = spec.in_channels * channels * wide * loads * _STEPS * (1 + past_caches)
+    transformed = wide * (transforming[0] * spec.in_channels + transforming[1] * spec.out_channels)
+    transformed += transforming[2] * spec.in_channels * spec.out_channels
+    remade = 0 if frozen else _REMADE * spec.in_channels * spec.out_channels / repeats
+    numbers = (tile.height + TAPS - 1) ** 2
+    return (numbers * (products + transformed) + remade) / (TAPS**2 * spec.in_channels * spec.out_channels * full)

@@ -1,0 +1,75 @@
+"""WinogradSpacePart: Winograd's convolution of images in the usual order, tiles of an image side by side in vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sift_compiler.lowering.choose import sparse_space
+from sift_compiler.lowering.specification import LayerSpec
+from sift_compiler.runtimes.tvm.build import compiled
+from sift_compiler.runtimes.tvm.part import Part
+from sift_compiler.runtimes.tvm.winograd_part import WinogradPart
+from sift_compiler.runtimes.tvm.winograd_space import winograd_space
+from sift_compiler.runtimes.tvm.workspace import scratch
+
+
+class WinogradSpacePart(WinogradPart):
+    """x [count, C, H, W] → y [count, M, H', W'], both contiguous float32."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        tile = self.choice.tile
+        positions = self._tiles[0] * (self._tiles[1] + 1) - 1
+        self._panels = -(-positions // (tile.width * tile.vector))
+        reach = self._panels * tile.width * tile.vector + self._tiles[1] + 2
+        self._plane = -(-reach // tile.vector) * tile.vector
+        self._sources = torch.from_numpy(_sources(self.spec, self._size, tile.height, self._tiles, self._plane))
+        # As many pieces for every worker, whole panels if they can be dealt out.
+        self._own = int(self._panels % self.threads == 0)
+        parts = -(-self._blocks // self._at_once)
+        while self._panels * parts % self.threads and parts < self._blocks:
+            parts += 1
+        self._at_once = -(-self._blocks // parts)
+        self._kernel = compiled(
+            winograd_space, self._cpu.name, lanes=tile.vector, rows=tile.rows, vectors=tile.width, size=tile.height,
+            parallel=self.threads > 1, epilogue=self._made,
+        )  # fmt: skip
+
+    def _compute(
+        self, x: Tensor, weights: Tensor, bias: Tensor, epilogue: tuple[Tensor, ...], y: Tensor, strange: Tensor
+    ) -> None:
+        spec, tile = self.spec, self.choice.tile
+        vectors, planes = self._panels * tile.width, tile.height**2
+        self._kernel(
+            x.view(-1), self._sources, weights, bias, *epilogue, y.view(-1),
+            scratch("planes", self.threads * planes * self._plane),
+            scratch("transformed", vectors * self._numbers * spec.in_channels * tile.vector),
+            scratch("sums", self.threads * self._at_once * self._numbers * self._products),
+            # Rows are read in whole vectors, the last one past its end.
+            scratch("tiles", (spec.out_channels * planes * vectors + 1) * tile.vector),
+            scratch("tails", self.threads * tile.vector), strange,
+            self.threads, x.shape[0], spec.in_channels, *self._size, spec.out_channels, *self._output,
+            *self._tiles, self._plane, self._panels, self._blocks, self._at_once, self._own, self._added, self._lowest,
+        )  # fmt: skip
+
+    def _sparse(self) -> Part:
+        choice = sparse_space(self.spec, self.choice, self._size, self._cpu)
+        return Part(self.spec, choice, self._size, self._cpu, self.threads, self._epilogue, self._freeze)
+
+
+def _sources(
+    spec: LayerSpec, size: tuple[int, int], tile: int, tiles: tuple[int, int], plane: int
+) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """int32 [tile² · plane]: the position in a channel that each number of the planes copies, -1 for zero."""
+    row, column = np.divmod(np.arange(plane), tiles[1] + 1)
+    made = []
+    for a in range(tile):
+        for b in range(tile):
+            y, x = row * tile + a - spec.padding[0], column * tile + b - spec.padding[1]
+            inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+            made.append(np.where(inside, y * size[1] + x, -1))
+    return np.concatenate(made).astype(np.int32)
