@@ -89,7 +89,9 @@ class TvmKernel:
         if known is not None:
             return known[0]
         loads = None if index is None else measured_loads(index.numpy(), self.spec)
-        parts = choose(self.spec, self._flat(input_shape), self.cpu, loads=loads, largest=self._winograd, frozen=self._freeze)
+        parts = choose(
+            self.spec, self._flat(input_shape), self.cpu, loads=loads, largest=self._winograd, frozen=self._freeze
+        )
         if index is not None:
             host, size, side_by_side = index.numpy(), self._size(input_shape), len(input_shape) == 5
             parts = tuple(

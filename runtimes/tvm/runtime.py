@@ -58,4 +58,13 @@ class TvmRuntime:
             raise UnsupportedError(f"{name}: {reason}. Use runtime='eager'.")
         if threads > 1:
             ensure_pool(threads)
-        return TvmKernel(spec, name, max(1, threads), host_cpu(), epilogue=epilogue, tuner=Tuner(tune), freeze=freeze, winograd=winograd)
+        return TvmKernel(
+            spec,
+            name,
+            max(1, threads),
+            host_cpu(),
+            epilogue=epilogue,
+            tuner=Tuner(tune),
+            freeze=freeze,
+            winograd=winograd,
+        )

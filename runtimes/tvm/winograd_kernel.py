@@ -11,7 +11,7 @@ import tvm
 from tvm.script import tirx as T
 
 from sift_compiler.lowering.epilogue import Epilogue
-from sift_compiler.lowering.winograd import TAPS, transforms
+from sift_compiler.lowering.winograd import transforms
 from sift_compiler.runtimes.tvm.epilogue import finished_at_run_time
 from sift_compiler.runtimes.tvm.registers import IN_REGISTERS, registers
 from sift_compiler.runtimes.tvm.streaming import STREAM, STREAMED, streaming
@@ -19,14 +19,14 @@ from sift_compiler.runtimes.tvm.winograd_steps import combination, input_transfo
 
 
 # fmt: off
-def winograd_weights(*, rows: int, size: int, parallel: bool, name: str) -> Any:
+def winograd_weights(*, rows: int, taps: int, reach: int, parallel: bool, name: str) -> Any:
     """The TIR function that transforms weights: ``u[ξ, block, c, row] = (G g Gᵀ)[ξ]`` of output channel block · rows + row, in float64.
 
-    Arguments: values; slots int32 [M · C · 9], which value stands at an entry of the dense weight, or -1; u
-    [(m + 2)², blocks of rows, C, rows]; then workers, M, C, blocks.
+    Arguments: values; slots int32 [M · C · r²], which value stands at an entry of the dense weight, or -1; u
+    [n², blocks of rows, C, rows], n = ``reach``; then workers, M, C, blocks.
     """
     loop = T.parallel if parallel else T.serial
-    R, N, matrix = rows, size + 2, transforms(size).weight
+    R, N, TAPS, matrix = rows, reach, taps, transforms(taps, reach).weight
 
     def number(value: float) -> Any:
         return T.float64(value)
@@ -69,17 +69,19 @@ def winograd_weights(*, rows: int, size: int, parallel: bool, name: str) -> Any:
 
 
 def winograd_lanes(
-    *, lanes: int, rows: int, vectors: int, size: int, parallel: bool, epilogue: Epilogue, past_caches: bool = False, name: str,
+    *, lanes: int, rows: int, vectors: int, taps: int, reach: int, parallel: bool, epilogue: Epilogue, past_caches: bool = False, name: str,
 ) -> Any:
-    """The TIR function of Winograd's convolution on images side by side, tiles of ``size`` × ``size``, ``vectors`` of them at a time.
+    """The TIR function of Winograd's convolution on images side by side, tiles of m × m outputs, ``vectors`` of them at a time.
+
+    m is reach - taps + 1, and n stands for ``reach``. C counts the channels of the layer as one of stride 1 (see winograd.Form); X holds C / stride² of them.
 
     The function's arguments, in order: input X [groups of images, C, H, W, lanes]; u (see :func:`winograd_weights`); bias, scale and shift
     [M] and residual, as those of lane_kernel; output Y [groups of images, M, H', W', lanes]; workspaces of every worker: transformed inputs
-    [(m + 2)², C, vectors, lanes], sums [blocks at once, (m + 2)², rows, vectors, lanes], one tile [(m + 2)², lanes], and what tells of
+    [n², C, vectors, lanes], sums [blocks at once, n², rows, vectors, lanes], one tile [n², lanes], and what tells of
     infinities and NaN: [lanes], anything but zeros if an output is not finite before its residual is added. Then integers: what computes
     where (``workers``, panels of ``vectors`` tiles in all), sizes, and how many blocks of rows are summed before they are transformed back.
     """
-    L, R, P, S, N = lanes, rows, vectors, size, size + 2
+    L, R, P, S, N = lanes, rows, vectors, reach - taps + 1, reach
     loop = T.parallel if parallel else T.serial
     transform, multiply, stores = f"{name}_input", f"{name}_products", streaming(lanes)
 
@@ -87,7 +89,7 @@ def winograd_lanes(
     def kernel(
         x: T.handle, u: T.handle, bias: T.handle, scale: T.handle, shift: T.handle, residual: T.handle, y: T.handle,
         transformed: T.handle, sums: T.handle, one: T.handle, strange: T.handle,
-        workers: T.int32, panels: T.int32, tiles_down: T.int32, tiles_across: T.int32, C: T.int32, H: T.int32, W: T.int32,
+        workers: T.int32, panels: T.int32, tiles_down: T.int32, tiles_across: T.int32, stride: T.int32, C: T.int32, H: T.int32, W: T.int32,
         pad_y: T.int32, pad_x: T.int32, M: T.int32, out_height: T.int32, out_width: T.int32, blocks: T.int32, at_once: T.int32,
         added: T.int32, lowest: T.float32,
     ):
@@ -103,7 +105,7 @@ def winograd_lanes(
         Y = T.match_buffer(y, (n6,), "float32", align=64)
         V = T.match_buffer(transformed, (n7,), "float32", align=64)
         Q = T.match_buffer(sums, (n8,), "float32", align=64)
-        O = T.match_buffer(one, (n9,), "float32", align=64)
+        G = T.match_buffer(one, (n9,), "float32", align=64)
         Z = T.match_buffer(strange, (n10,), "float32", align=64)
         T.attr(0, "pragma_import_llvm", stores)
         for worker in loop(workers):
@@ -119,22 +121,27 @@ def winograd_lanes(
                 for c in range(C):
                     for p in range(P):
                         tile: T.let[T.int32] = T.min(first + p, tiles_down * tiles_across - 1)
-                        top: T.let[T.int32] = tile // tiles_across * S - pad_y
-                        left: T.let[T.int32] = tile % tiles_across * S - pad_x
-                        plane: T.let[T.int32] = (image * C + c) * H * W
-                        if top >= 0 and left >= 0 and top + N <= H and left + N <= W:
+                        phase: T.let[T.int32] = c % (stride * stride)
+                        top: T.let[T.int32] = tile // tiles_across * S * stride + phase // stride - pad_y
+                        left: T.let[T.int32] = tile % tiles_across * S * stride + phase % stride - pad_x
+                        plane: T.let[T.int32] = (image * C + c) // (stride * stride) * H * W
+                        if top >= 0 and left >= 0 and top + (N - 1) * stride < H and left + (N - 1) * stride < W:
                             T.evaluate(T.call_extern(
-                                "void", transform, T.address_of(X[(plane + top * W + left) * L]), W * L, S * W * L, L, S * L,
+                                "void", transform, T.address_of(X[(plane + top * W + left) * L]),
+                                stride * W * L, S * stride * W * L, stride * L, S * stride * L,
                                 T.address_of(V[v0 + (c * P + p) * L]), C * P * L,
                             ))
                         else:
                             for i, j in T.grid(N, N):
-                                O[T.ramp(o0 + (i * N + j) * L, 1, L)] = T.if_then_else(
-                                    T.And(T.And(top + i >= 0, top + i < H), T.And(left + j >= 0, left + j < W)),
-                                    X[T.ramp((plane + (top + i) * W + left + j) * L, 1, L)], T.broadcast(T.float32(0), L),
+                                G[T.ramp(o0 + (i * N + j) * L, 1, L)] = T.if_then_else(
+                                    T.And(
+                                        T.And(top + i * stride >= 0, top + i * stride < H),
+                                        T.And(left + j * stride >= 0, left + j * stride < W),
+                                    ),
+                                    X[T.ramp((plane + (top + i * stride) * W + left + j * stride) * L, 1, L)], T.broadcast(T.float32(0), L),
                                 )
                             T.evaluate(T.call_extern(
-                                "void", transform, T.address_of(O[o0]), N * L, S * N * L, L, S * L,
+                                "void", transform, T.address_of(G[o0]), N * L, S * N * L, L, S * L,
                                 T.address_of(V[v0 + (c * P + p) * L]), C * P * L,
                             ))
                 for part in range((blocks + at_once - 1) // at_once):
@@ -149,20 +156,20 @@ def winograd_lanes(
                         down: T.let[T.int32] = (first + p) // tiles_across * S
                         right: T.let[T.int32] = (first + p) % tiles_across * S
                         back = registers(S * N * L)
-                        transform_back(Q, q0 + ((k // R * N * N * R + k % R) * P + p) * L, R * P * L, back, O, o0, L, L, S)
+                        transform_back(Q, q0 + ((k // R * N * N * R + k % R) * P + p) * L, R * P * L, back, G, o0, L, L, taps, reach)
                         for i, j in T.grid(T.min(S, out_height - down), T.min(S, out_width - right)):
                             place: T.let[T.int32] = (((image * M + m) * out_height + down + i) * out_width + right + j) * L
                             Z[T.ramp(worker * L, 1, L)] = Z[T.ramp(worker * L, 1, L)] + (
-                                O[T.ramp(o0 + (i * S + j) * L, 1, L)] - O[T.ramp(o0 + (i * S + j) * L, 1, L)]
+                                G[T.ramp(o0 + (i * S + j) * L, 1, L)] - G[T.ramp(o0 + (i * S + j) * L, 1, L)]
                             )
                             if past_caches:
                                 T.evaluate(T.call_extern("void", STREAM, T.address_of(Y[place]), finished_at_run_time(
-                                    epilogue, O[T.ramp(o0 + (i * S + j) * L, 1, L)] + T.broadcast(B[m], L), L,
+                                    epilogue, G[T.ramp(o0 + (i * S + j) * L, 1, L)] + T.broadcast(B[m], L), L,
                                     T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)], added, lowest,
                                 )))
                             else:
                                 Y[T.ramp(place, 1, L)] = finished_at_run_time(
-                                    epilogue, O[T.ramp(o0 + (i * S + j) * L, 1, L)] + T.broadcast(B[m], L), L,
+                                    epilogue, G[T.ramp(o0 + (i * S + j) * L, 1, L)] + T.broadcast(B[m], L), L,
                                     T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)], added, lowest,
                                 )
             if past_caches:
@@ -170,7 +177,7 @@ def winograd_lanes(
 
     return tvm.IRModule({
         name: kernel,
-        transform: input_transform(lanes=L, size=S, symbol=transform),
+        transform: input_transform(lanes=L, taps=taps, reach=reach, symbol=transform),
         multiply: products(lanes=L, rows=R, vectors=P, symbol=multiply),
     })
 # fmt: on

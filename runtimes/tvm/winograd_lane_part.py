@@ -23,7 +23,7 @@ class WinogradLanePart(WinogradPart):
         tile, (height, width) = self.choice.tile, self._output
         output = 4 * self.choice.count * self.spec.out_channels * height * width
         self._kernel = compiled(
-            winograd_lanes, self._cpu.name, lanes=tile.vector, rows=tile.rows, vectors=tile.width, size=tile.height,
+            winograd_lanes, self._cpu.name, lanes=tile.vector, rows=tile.rows, vectors=tile.width, taps=self._form.taps, reach=self._reach,
             parallel=self.threads > 1, epilogue=self._made, past_caches=output >= STREAMED_BYTES,
         )  # fmt: skip
 
@@ -34,10 +34,10 @@ class WinogradLanePart(WinogradPart):
         panels = x.shape[0] * -(-self._tiles[0] * self._tiles[1] // tile.width)
         self._kernel(
             aligned(x), weights, bias, *epilogue, y.view(-1),
-            scratch("transformed", self.threads * self._numbers * spec.in_channels * tile.width * tile.vector),
+            scratch("transformed", self.threads * self._numbers * self._channels * tile.width * tile.vector),
             scratch("sums", self.threads * self._at_once * self._numbers * self._products),
             scratch("one tile", self.threads * self._numbers * tile.vector), strange,
-            self._workers(tile.width * panels, panels), panels, *self._tiles, spec.in_channels, *self._size, *spec.padding,
+            self._workers(tile.width * panels, panels), panels, *self._tiles, self._form.stride, self._channels, *self._size, *spec.padding,
             spec.out_channels, *self._output, self._blocks, self._at_once, self._added, self._lowest,
         )  # fmt: skip
 

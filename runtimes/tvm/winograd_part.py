@@ -14,7 +14,7 @@ from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.epilogue import PLAIN, Epilogue
 from sift_compiler.lowering.plan import Choice
 from sift_compiler.lowering.specification import LayerSpec
-from sift_compiler.lowering.winograd import TAPS
+from sift_compiler.lowering.winograd import form
 from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.tvm.epilogue import at_run_time
 from sift_compiler.runtimes.tvm.lane_part import LanePart
@@ -24,8 +24,8 @@ from sift_compiler.runtimes.tvm.winograd_weights import TransformedWeights
 from sift_compiler.runtimes.tvm.workspace import scratch
 
 _log = logging.getLogger(__name__)
-_SUMS_BYTES = 7 * 2**18
-"""Sums that are made before they are transformed back: most of a second-level cache."""
+_SUMS_BYTES = 2**19, 7 * 2**18
+"""Sums that are made before they are transformed back: twice the inputs of which they are made, within these limits."""
 
 
 class WinogradPart(ABC):
@@ -47,10 +47,15 @@ class WinogradPart(ABC):
         self._one = torch.ones(1)  # stands where the kernel reads nothing
         self._tiles = (-(-output[0] // tile.height), -(-output[1] // tile.height))
         self._blocks = -(-spec.out_channels // tile.rows)
-        self._numbers = (tile.height + TAPS - 1) ** 2
+        shape = form(spec)
+        assert shape is not None, "a layer that does not fit is not given to this part"
+        self._form, self._reach = shape, tile.height + shape.taps - 1
+        self._channels, self._numbers = spec.in_channels * shape.phases, self._reach**2
         self._products = tile.rows * tile.width * tile.vector
-        self._at_once = max(1, min(self._blocks, _SUMS_BYTES // (4 * self._numbers * self._products)))
-        self._weights = TransformedWeights(spec, tile.rows, tile.height, cpu, threads, freeze)
+        inputs = 4 * self._numbers * self._channels * tile.width * tile.vector
+        sums = min(max(2 * inputs, _SUMS_BYTES[0]), _SUMS_BYTES[1])
+        self._at_once = max(1, min(self._blocks, sums // (4 * self._numbers * self._products)))
+        self._weights = TransformedWeights(spec, tile.rows, shape, self._reach, cpu, threads, freeze)
         self._index: np.ndarray[Any, np.dtype[np.int32]] | None = None
         self._exact: Part | LanePart | None = None
         self._made, self._added, self._lowest = at_run_time(epilogue)
@@ -72,7 +77,9 @@ class WinogradPart(ABC):
 
     def run(self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish = NOTHING) -> None:
         """Compute ``y`` from ``x``, as the part on kept weights does."""
-        strange = scratch("strange", self.threads * self.choice.tile.vector)[: self.threads * self.choice.tile.vector].zero_()
+        strange = scratch("strange", self.threads * self.choice.tile.vector)[
+            : self.threads * self.choice.tile.vector
+        ].zero_()
         epilogue = tuple(self._one if t is None else t.view(-1) for t in (finish.scale, finish.shift, finish.residual))
         self._compute(x, self._weights.of(values), bias, epilogue, y, strange)
         if float(strange.sum()) != 0:
@@ -90,7 +97,7 @@ class WinogradPart(ABC):
 
     def _workers(self, vectors: int, pieces: int) -> int:
         """Workers for ``vectors`` vectors of tiles in all, of which ``pieces`` can be computed at a time."""
-        work = self._numbers * self.spec.in_channels * self.spec.out_channels * vectors
+        work = self._numbers * self._channels * self.spec.out_channels * vectors
         return max(1, min(self.threads, pieces, work // WORTH_A_WORKER))
 
     def _kept_weights_alone(self) -> Part | LanePart:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,15 @@ class WinogradSpacePart(WinogradPart):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         tile = self.choice.tile
-        positions = self._tiles[0] * (self._tiles[1] + 1) - 1
+        halo = (self._reach - 1) // tile.height
+        self._pitch = self._tiles[1] + halo
+        positions = (self._tiles[0] - 1) * self._pitch + self._tiles[1]
         self._panels = -(-positions // (tile.width * tile.vector))
-        reach = self._panels * tile.width * tile.vector + self._tiles[1] + 2
+        reach = self._panels * tile.width * tile.vector + halo * (self._pitch + 1)
         self._plane = -(-reach // tile.vector) * tile.vector
-        self._sources = torch.from_numpy(_sources(self.spec, self._size, tile.height, self._tiles, self._plane))
+        self._sources = torch.from_numpy(
+            _sources(self.spec, self._form.stride, self._size, tile.height, self._pitch, self._plane)
+        )
         # As many pieces for every worker, whole panels if they can be dealt out.
         self._own = int(self._panels % self.threads == 0)
         parts = -(-self._blocks // self._at_once)
@@ -35,7 +40,7 @@ class WinogradSpacePart(WinogradPart):
             parts += 1
         self._at_once = -(-self._blocks // parts)
         self._kernel = compiled(
-            winograd_space, self._cpu.name, lanes=tile.vector, rows=tile.rows, vectors=tile.width, size=tile.height,
+            winograd_space, self._cpu.name, lanes=tile.vector, rows=tile.rows, vectors=tile.width, taps=self._form.taps, reach=self._reach,
             parallel=self.threads > 1, epilogue=self._made,
         )  # fmt: skip
 
@@ -47,13 +52,13 @@ class WinogradSpacePart(WinogradPart):
         self._kernel(
             x.view(-1), self._sources, weights, bias, *epilogue, y.view(-1),
             scratch("planes", self.threads * planes * self._plane),
-            scratch("transformed", vectors * self._numbers * spec.in_channels * tile.vector),
+            scratch("transformed", vectors * self._numbers * self._channels * tile.vector),
             scratch("sums", self.threads * self._at_once * self._numbers * self._products),
             # Rows are read in whole vectors, the last one past its end.
             scratch("tiles", (spec.out_channels * planes * vectors + 1) * tile.vector),
             scratch("tails", self.threads * tile.vector), strange,
-            self.threads, x.shape[0], spec.in_channels, *self._size, spec.out_channels, *self._output,
-            *self._tiles, self._plane, self._panels, self._blocks, self._at_once, self._own, self._added, self._lowest,
+            self.threads, x.shape[0], self._form.phases, self._channels, *self._size, spec.out_channels, *self._output,
+            *self._tiles, self._pitch, self._plane, self._panels, self._blocks, self._at_once, self._own, self._added, self._lowest,
         )  # fmt: skip
 
     def _sparse(self) -> Part:
@@ -62,14 +67,14 @@ class WinogradSpacePart(WinogradPart):
 
 
 def _sources(
-    spec: LayerSpec, size: tuple[int, int], tile: int, tiles: tuple[int, int], plane: int
+    spec: LayerSpec, stride: int, size: tuple[int, int], tile: int, pitch: int, plane: int
 ) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """int32 [tile² · plane]: the position in a channel that each number of the planes copies, -1 for zero."""
-    row, column = np.divmod(np.arange(plane), tiles[1] + 1)
+    """int32 [stride² · tile² · plane]: the position in a channel that each number of the planes copies, -1 for zero."""
+    row, column = np.divmod(np.arange(plane), pitch)
     made = []
-    for a in range(tile):
-        for b in range(tile):
-            y, x = row * tile + a - spec.padding[0], column * tile + b - spec.padding[1]
-            inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
-            made.append(np.where(inside, y * size[1] + x, -1))
+    for phase_y, phase_x, a, b in itertools.product(range(stride), range(stride), range(tile), range(tile)):
+        y = (row * tile + a) * stride + phase_y - spec.padding[0]
+        x = (column * tile + b) * stride + phase_x - spec.padding[1]
+        inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+        made.append(np.where(inside, y * size[1] + x, -1))
     return np.concatenate(made).astype(np.int32)

@@ -1,7 +1,7 @@
 """The steps of Winograd's convolution as functions of their own (see subroutines): transform of the input, products, transform of the sums."""
 
 # The annotations of a TIR function are values, evaluated in the enclosing function.
-# ruff: noqa: N806
+# ruff: noqa: N803, N806
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, valid-type"
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ def combination(coefficients: Sequence[float], terms: Sequence[Any], splat: Call
         terms: expressions, as many.
         splat: a number as an expression of the terms' type.
     """
-    ranked = sorted((pair for pair in zip(coefficients, terms, strict=True) if pair[0]), key=lambda pair: (pair[0] != 1, abs(pair[0]) != 1))
+    ranked = sorted(
+        (pair for pair in zip(coefficients, terms, strict=True) if pair[0]),
+        key=lambda pair: (pair[0] != 1, abs(pair[0]) != 1),
+    )
     first, made = ranked[0]
     made = made if first == 1 else splat(first) * made
     for coefficient, term in ranked[1:]:
-        made = made + term if coefficient == 1 else made - term if coefficient == -1 else made + splat(coefficient) * term
+        made = (
+            made + term if coefficient == 1 else made - term if coefficient == -1 else made + splat(coefficient) * term
+        )
     return made
 
 
@@ -45,18 +50,18 @@ def _vector(place: Any, lanes: int) -> Any:
 
 
 # fmt: off
-def input_transform(*, lanes: int, size: int, symbol: str) -> Any:
-    """The TIR function ``(x, down, next_down, across, next_across, v, step)``: Bᵀ d B of the inputs d [m + 2, m + 2] of a tile.
+def input_transform(*, lanes: int, taps: int, reach: int, symbol: str) -> Any:
+    """The TIR function ``(x, down, next_down, across, next_across, v, step)``: Bᵀ d B of the inputs d [n, n] of a tile, n = ``reach``.
 
     Vector (i, j) of d begins at ``x[i % m · down + i // m · next_down + j % m · across + j // m · next_across]``, vector (i, j) of the
-    result at ``v[((m + 2) i + j) · step]``.
+    result at ``v[(n i + j) · step]``.
 
     Args:
         lanes: float32 lanes of a vector.
-        size: m.
+        taps, reach: see winograd.transforms; m = reach - taps + 1.
         symbol: what the function is called.
     """
-    L, N, matrix = lanes, size + 2, transforms(size).input
+    L, N, size, matrix = lanes, reach, reach - taps + 1, transforms(taps, reach).input
 
     def columns(X, d, down, next_down, across, next_across):
         for j in range(N):
@@ -128,7 +133,7 @@ def products(*, lanes: int, rows: int, vectors: int, symbol: str) -> Any:
 
 
 def transform_back(
-    M: Any, begin: Any, step: Any, scratch: Any, Y: Any, target: Any, apart: Any, lanes: int, size: int
+    M: Any, begin: Any, step: Any, scratch: Any, Y: Any, target: Any, apart: Any, lanes: int, taps: int, reach: int
 ) -> None:
     """Write the statements of Aᵀ M A into the TIR function that is being written.
 
@@ -136,15 +141,15 @@ def transform_back(
     apart.
 
     Args:
-        M: a buffer; vector (i, j) of a tile's sums begins at ``begin + ((m + 2) i + j) · step``.
+        M: a buffer; vector (i, j) of a tile's sums begins at ``begin + (n i + j) · step``, n = ``reach``.
         begin, step: int32 expressions.
-        scratch: a local buffer of m · (m + 2) vectors.
+        scratch: a local buffer of m · n vectors.
         Y: the buffer of the result; vector (i, j) begins at ``target + (m i + j) · apart``.
         target, apart: int32 expressions.
         lanes: float32 lanes of a vector.
-        size: m.
+        taps, reach: see winograd.transforms; m = reach - taps + 1.
     """
-    L, N, matrix = lanes, size + 2, transforms(size).output
+    L, N, size, matrix = lanes, reach, reach - taps + 1, transforms(taps, reach).output
     for j in range(N):
         _apply(
             matrix, lambda i, j=j: M[_vector(begin + (i * N + j) * step, L)],  # type: ignore[misc]

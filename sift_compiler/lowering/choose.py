@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from sift_compiler.lowering import winograd
 from sift_compiler.lowering.choose_pairs import choose_pairs
 from sift_compiler.lowering.choose_rows import choose_rows
+from sift_compiler.lowering.choose_winograd import Fallback, of_image_vectors, of_positions
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.plan import Choice
 from sift_compiler.lowering.sharing import MOST_ROWS, Loads, unstructured_loads
@@ -158,7 +158,7 @@ def _describe(spec: LayerSpec, tile: Tile) -> str:
     return f"sparsity {spec.sparsity:.2f}: {tile.rows} rows share each load"
 
 
-def _zeros_too(spec: LayerSpec, dense: winograd.Fallback, otherwise: float) -> str:
+def _zeros_too(spec: LayerSpec, dense: Fallback, otherwise: float) -> str:
     return f"sparsity {spec.sparsity:.2f}: Winograd's convolution, zeros multiplied too, relative cost {dense.cost:.2f} against {otherwise:.2f}"
 
 
@@ -169,7 +169,7 @@ def _choose_images(
     output, lanes = spec.output_size(*size), cpu.lanes
     groups, rest = divmod(count, lanes)
     images, image_cost = _image_tile(spec, output, cpu, loads)
-    dense = winograd.of_positions(spec, output, count, largest, frozen, cpu)
+    dense = of_positions(spec, output, count, largest, frozen, cpu)
     if dense is not None:
         alone = _space_tile(spec, count, output, size, cpu, loads)[1] * _POSITIONS
         otherwise = _dense_cost(spec, image_cost if groups else min(alone, image_cost * lanes / rest))
@@ -192,7 +192,7 @@ def _choose_images(
 
 
 def _dense_cost(spec: LayerSpec, cost: float) -> float:
-    """A cost of :func:`_cost` in the unit of :func:`winograd.cost` (measured at 50, 75 and 90 % sparsity)."""
+    """A cost of :func:`_cost` in the unit of :class:`Fallback` (measured at 50, 75 and 90 % sparsity)."""
     density = 1 - spec.sparsity
     return density * (2.05 - density) * cost
 
@@ -203,9 +203,11 @@ def _choose_image_vectors(
     """The tile of a convolution whose input lies with images side by side: ``shape`` is (groups of images, C, H, W, lanes)."""
     output = spec.output_size(shape[2], shape[3])
     tile, cost = _image_tile(spec, output, cpu, loads)
-    dense = winograd.of_image_vectors(spec, output, shape[0] * shape[4], largest, frozen, cpu)
+    dense = of_image_vectors(spec, output, shape[0] * shape[4], largest, frozen, cpu)
     if dense is not None and dense.cost < _WORTH_ZEROS * _dense_cost(spec, cost):
-        return Choice(tile=dense.tile, first=0, count=shape[0] * shape[4], reason=_zeros_too(spec, dense, _dense_cost(spec, cost)))
+        return Choice(
+            tile=dense.tile, first=0, count=shape[0] * shape[4], reason=_zeros_too(spec, dense, _dense_cost(spec, cost))
+        )
     reason = f"{_describe(spec, tile)}; images stay side by side between sparse layers, relative cost {cost:.2f}"
     return Choice(tile=tile, first=0, count=shape[0] * shape[4], reason=reason)
 
