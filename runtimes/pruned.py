@@ -107,13 +107,20 @@ class PrunedKernel:
         threads: workers of the sparse kernel.
         threshold: share of zeros below which the dense layer runs unmeasured.
         tune: whether the sparse kernel may time tiles.
+        winograd: see :meth:`runtimes.base.Runtime.build`.
     """
 
     def __init__(
-        self, spec: LayerSpec, name: str, runtime: Runtime, threads: int, threshold: float, tune: Tune = "off"
-    ) -> None:
+        self, spec: LayerSpec, name: str, runtime: Runtime, threads: int, threshold: float, tune: Tune = "off", winograd: int = 0
+    ) -> None:  # fmt: skip
         self.spec, self.name = spec, name
-        self._runtime, self._threads, self._threshold, self._tune = runtime, threads, threshold, tune
+        self._runtime, self._threads, self._threshold, self._tune, self._winograd = (
+            runtime,
+            threads,
+            threshold,
+            tune,
+            winograd,
+        )
         self._watch, self._unrest = MaskWatch(), 0
         self._sparsity = 0.0
         self._sparse: _Sparse | None = None
@@ -167,7 +174,9 @@ class PrunedKernel:
             return
         spec = dataclasses.replace(self.spec, nnz=index.numel())
         self._sparse = _Sparse(
-            self._runtime.build(spec, self.name, self._threads, tune=self._tune, freeze=True), values, index
+            self._runtime.build(spec, self.name, self._threads, tune=self._tune, freeze=True, winograd=self._winograd),
+            values,
+            index,
         )
         self._reports.clear()
 

@@ -170,7 +170,8 @@ def _take_pruned(
     for layer in dense_layers(graph, example_inputs):
         reason = refuse(layer, runtime, threshold)
         if reason is None:
-            kernel = PrunedKernel(layer.spec, layer.name, runtime, threads, threshold, compilation.options.tune)
+            options = compilation.options
+            kernel = PrunedKernel(layer.spec, layer.name, runtime, threads, threshold, options.tune, options.winograd)
             call_kernel(layer, pruned.register(kernel))
             kernels.append(kernel)
         else:

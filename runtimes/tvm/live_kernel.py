@@ -24,15 +24,11 @@ from sift_compiler.nn.fused import NOTHING, Finish
 from sift_compiler.runtimes.base import Specialisations
 from sift_compiler.runtimes.recompile import MaskWatch
 from sift_compiler.runtimes.tvm.input_gradient import InputGradient
-from sift_compiler.runtimes.tvm.lane_part import LanePart
 from sift_compiler.runtimes.tvm.output import fresh_output
-from sift_compiler.runtimes.tvm.prepare import LayerPart, prepare, prepare_lanes
+from sift_compiler.runtimes.tvm.prepare import LivePart, prepare_live
 from sift_compiler.runtimes.tvm.tune import Tuner
 from sift_compiler.runtimes.tvm.values_gradient import ValuesGradient
-from sift_compiler.runtimes.tvm.winograd_lane_part import WinogradLanePart
 from sift_compiler.runtimes.tvm.workspace import scratch
-
-AnyPart = LayerPart | LanePart | WinogradLanePart
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +66,8 @@ class TvmKernel:
         )
         self._input_gradient = InputGradient(spec, derived)
         self._watch = MaskWatch()
-        self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[AnyPart, ...], tuple[int, ...]]] = {}
-        self._packed: dict[object, AnyPart] = {}
+        self._shapes: dict[tuple[int, ...], tuple[LayerPlan, tuple[LivePart, ...], tuple[int, ...]]] = {}
+        self._packed: dict[object, LivePart] = {}
         self._programs: dict[object, Program] = {}
         # No method of this kernel: in a cycle it would outlive the compiled function.
         known = functools.partial(_known, self._watch, self._programs)
@@ -169,7 +165,7 @@ class TvmKernel:
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def _run(
-        self, parts: tuple[AnyPart, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish
+        self, parts: tuple[LivePart, ...], x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish
     ) -> None:
         linear = self.spec.kind == "linear"
         source = x.view(-1, x.shape[-1]) if linear and x.dim() != 2 else x
@@ -195,7 +191,7 @@ class TvmKernel:
                 rows = slice(first, inside)
                 self._run_padded(part, source[rows], values, bias, target[rows], finish.rows(first, inside))
 
-    def _run_padded(self, part: AnyPart, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish) -> None:
+    def _run_padded(self, part: LivePart, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish) -> None:
         """Fewer images (tokens) than a vector has lanes: the lanes that are left over compute what nobody reads."""
         count, real = part.choice.count, x.shape[0]
         source = scratch("padded_x", count * x[0].numel())[: count * x[0].numel()].view(count, *x.shape[1:])
@@ -213,13 +209,15 @@ class TvmKernel:
     # --- getting ready ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _prepare(self, shape: tuple[int, ...], index: Tensor) -> tuple[LayerPlan, tuple[AnyPart, ...], tuple[int, ...]]:
+    def _prepare(
+        self, shape: tuple[int, ...], index: Tensor
+    ) -> tuple[LayerPlan, tuple[LivePart, ...], tuple[int, ...]]:
         plan = self.plan(shape, index)
         size = self._size(shape)
         begin = time.perf_counter()
-        build = prepare_lanes if len(shape) == 5 else prepare
         parts = tuple(
-            build(self.spec, part, size, self.cpu, self.threads, self.epilogue, self._freeze) for part in plan.parts
+            prepare_live(self.spec, part, size, self.cpu, self.threads, self.epilogue, self._freeze, len(shape) == 5)
+            for part in plan.parts
         )
         self.specialisations.builds += len(parts)
         self.specialisations.build_ms += 1e3 * (time.perf_counter() - begin)
@@ -228,7 +226,7 @@ class TvmKernel:
         self._shapes[shape] = (plan, parts, self._output_shape(shape))
         return self._shapes[shape]
 
-    def _pack(self, parts: Sequence[AnyPart], index: Tensor) -> None:
+    def _pack(self, parts: Sequence[LivePart], index: Tensor) -> None:
         """Bring ``parts`` up to date with the mask. Those that order it alike, for other sizes of batch, share one program."""
         for part in parts:
             alike = self._packed.setdefault(part.program_key, part)

@@ -31,17 +31,17 @@ def winograd_weights(*, rows: int, taps: int, reach: int, parallel: bool, name: 
     def number(value: float) -> Any:
         return T.float64(value)
 
-    def read(V, F, g, place, inside):
+    def read(V: Any, F: Any, g: Any, place: Any, inside: Any) -> None:
         for tap in range(TAPS * TAPS):
             slot = F[T.if_then_else(inside, place, 0) + tap]
             T.buffer_store(g, T.if_then_else(T.And(inside, slot >= 0), T.cast(V[T.max(slot, 0)], "float64"), number(0)), [tap])
 
-    def down(g, d):
+    def down(g: Any, d: Any) -> None:
         for i in range(N):
             for j in range(TAPS):
                 T.buffer_store(d, combination(matrix[i], [g[a * TAPS + j] for a in range(TAPS)], number), [i * TAPS + j])
 
-    def across(d, U, place, step):
+    def across(d: Any, U: Any, place: Any, step: Any) -> None:
         for i in range(N):
             for j in range(N):
                 made = combination(matrix[j], [d[i * TAPS + a] for a in range(TAPS)], number)

@@ -38,11 +38,9 @@ def combination(coefficients: Sequence[float], terms: Sequence[Any], splat: Call
     return made
 
 
-def _apply(matrix: Matrix, source: Callable[[int], Any], store: Callable[[int, Any], None], lanes: int) -> None:
-    """Write the statements ``store(i, Σ matrix[i][j] source(j))`` into the TIR function that is being written."""
-    for i, row in enumerate(matrix):
-        terms = [source(j) if coefficient else None for j, coefficient in enumerate(row)]
-        store(i, combination(row, terms, lambda number: T.broadcast(T.float32(number), lanes)))
+def _applied(matrix: Matrix, terms: Sequence[Any], lanes: int) -> list[Any]:
+    """The expressions Σ matrix[i][j] terms[j]."""
+    return [combination(row, terms, lambda number: T.broadcast(T.float32(number), lanes)) for row in matrix]
 
 
 def _vector(place: Any, lanes: int) -> Any:
@@ -63,20 +61,18 @@ def input_transform(*, lanes: int, taps: int, reach: int, symbol: str) -> Any:
     """
     L, N, size, matrix = lanes, reach, reach - taps + 1, transforms(taps, reach).input
 
-    def columns(X, d, down, next_down, across, next_across):
+    def columns(X: Any, d: Any, down: Any, next_down: Any, across: Any, next_across: Any) -> None:
         for j in range(N):
             place = j % size * across + j // size * next_across
-            _apply(
-                matrix, lambda i, place=place: X[_vector(i % size * down + i // size * next_down + place, L)],
-                lambda i, made, j=j: T.buffer_store(d, made, [_vector((i * N + j) * L, L)]), L,
-            )
+            column = [X[_vector(i % size * down + i // size * next_down + place, L)] for i in range(N)]
+            for i, made in enumerate(_applied(matrix, column, L)):
+                T.buffer_store(d, made, [_vector((i * N + j) * L, L)])
 
-    def rows(d, V, step):
+    def rows(d: Any, V: Any, step: Any) -> None:
         for i in range(N):
-            _apply(
-                matrix, lambda j, i=i: d[_vector((i * N + j) * L, L)],
-                lambda j, made, i=i: T.buffer_store(V, made, [_vector((i * N + j) * step, L)]), L,
-            )
+            row = [d[_vector((i * N + j) * L, L)] for j in range(N)]
+            for j, made in enumerate(_applied(matrix, row, L)):
+                T.buffer_store(V, made, [_vector((i * N + j) * step, L)])
 
     @T.prim_func
     def transform(
@@ -151,13 +147,11 @@ def transform_back(
     """
     L, N, size, matrix = lanes, reach, reach - taps + 1, transforms(taps, reach).output
     for j in range(N):
-        _apply(
-            matrix, lambda i, j=j: M[_vector(begin + (i * N + j) * step, L)],  # type: ignore[misc]
-            lambda i, made, j=j: T.buffer_store(scratch, made, [_vector((i * N + j) * L, L)]), L,  # type: ignore[misc]
-        )
+        column = [M[_vector(begin + (i * N + j) * step, L)] for i in range(N)]
+        for i, made in enumerate(_applied(matrix, column, L)):
+            T.buffer_store(scratch, made, [_vector((i * N + j) * L, L)])
     for i in range(size):
-        _apply(
-            matrix, lambda j, i=i: scratch[_vector((i * N + j) * L, L)],  # type: ignore[misc]
-            lambda j, made, i=i: T.buffer_store(Y, made, [_vector(target + (i * size + j) * apart, L)]), L,  # type: ignore[misc]
-        )
+        row = [scratch[_vector((i * N + j) * L, L)] for j in range(N)]
+        for j, made in enumerate(_applied(matrix, row, L)):
+            T.buffer_store(Y, made, [_vector(target + (i * size + j) * apart, L)])
 # fmt: on

@@ -27,9 +27,9 @@ class Tile:
     rows: int
     """R, output channels computed at once; columns are bucketed by which of them keep a weight there (2^R - 1 patterns)."""
     height: int = 1
-    """Output rows of a tile; 1 with lanes over space and for linear layers."""
+    """Output rows of a tile, and its columns with Winograd's convolution; 1 with lanes over space and for linear layers."""
     width: int
-    """Output columns of a tile with lanes over the batch; vectors of neighbouring positions (or tokens) otherwise, 1 with lanes over weights."""
+    """Output columns of a tile with lanes over the batch; vectors of neighbouring positions, tokens or Winograd tiles otherwise, 1 with lanes over weights."""
     channels: int
     """Input channels of a block; the tile of the input and the kept weights' partial sums should share the first-level cache."""
 
@@ -58,4 +58,6 @@ class Tile:
         return (1 << self.rows) - 1
 
     def __str__(self) -> str:
+        if self.lanes == "winograd":
+            return f"Winograd tiles {self.height}×{self.height}, R{self.rows}, {self.width} vectors of {self.vector}"
         return f"{self.lanes} lanes {self.vector}, R{self.rows}, {self.height}×{self.width}, {self.channels} channels"
