@@ -113,6 +113,11 @@ def test_a_layer_that_is_not_taken_is_reported_with_its_reason(caplog):
         ({"runtime": "tmv"}, "Unknown runtime 'tmv'"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"rest": "fast"}, "Unknown rest"),
+        ({"winograd": 3}, "winograd must be 0, 2 or 4"),
+        ({"winograd": True}, "winograd must be 0, 2 or 4"),
+        ({"winograd": False}, "winograd must be 0, 2 or 4"),
+        ({"winograd": "4"}, "winograd must be 0, 2 or 4"),
+        ({"winograd": 4.0}, "winograd must be 0, 2 or 4"),
     ],
 )
 def test_wrong_options_are_refused_with_the_known_ones(options, message):

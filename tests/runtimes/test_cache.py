@@ -43,22 +43,36 @@ def test_every_field_is_in_the_digest(field):
     assert other.digest != KEY.digest
 
 
-def test_the_source_digest_follows_imports(monkeypatch):
-    names = ("sift_compiler.runtimes.tvm.sparse_kernel",)
-    before, read = source_digest(*names), fingerprint_module._source
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("sift_compiler.runtimes.tvm.sparse_kernel", ("sift_compiler.runtimes.tvm.transpose",)),
+        (
+            "sift_compiler.runtimes.tvm.winograd_kernel",
+            ("sift_compiler.runtimes.tvm.winograd_steps", "sift_compiler.lowering.winograd"),
+        ),
+        (
+            "sift_compiler.runtimes.tvm.winograd_space",
+            ("sift_compiler.runtimes.tvm.winograd_steps", "sift_compiler.lowering.winograd"),
+        ),
+    ],
+    ids=["sparse", "winograd", "winograd space"],
+)
+def test_the_source_digest_follows_imports(module, imported, monkeypatch):
+    before, read = source_digest(module), fingerprint_module._source
     assert before is not None
-    for edited in ("sift_compiler.runtimes.tvm.sparse_kernel", "sift_compiler.runtimes.tvm.transpose"):
+    for edited in (module, *imported):
         monkeypatch.setattr(
             fingerprint_module, "_source", lambda name, edited=edited: read(name) + ("\n#" if name == edited else "")
         )
         source_digest.cache_clear()
-        assert source_digest(*names) != before, edited
+        assert source_digest(module) != before, edited
     monkeypatch.setattr(fingerprint_module, "_source", lambda name: None)
     source_digest.cache_clear()
-    assert source_digest(*names) is None
+    assert source_digest(module) is None
     monkeypatch.undo()
     source_digest.cache_clear()
-    assert source_digest(*names) == before
+    assert source_digest(module) == before
 
 
 def test_a_kernel_is_built_once_and_then_loaded(tmp_path):

@@ -26,6 +26,7 @@ from sift_compiler.runtimes.tvm.mask_packer import MaskPacker
 from sift_compiler.runtimes.tvm.pool_kernel import MaxPool
 from sift_compiler.runtimes.tvm.target import cpu_facts
 from tests.runtimes.emulation import TRIPLE, Emulation, missing
+from tests.runtimes.forced_winograd import force
 
 TOLERANCE = 1e-5
 WHY_NOT = missing()
@@ -141,6 +142,33 @@ def test_images_side_by_side(
     kernel = TvmKernel(spec, "layer", 1, neon, epilogue=epilogue)
     y = kernel(to_image_vectors(x, 4), values, index, bias, finish)
     assert deviation(from_image_vectors(y), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("kernel", "stride", "reach"), [((3, 3), 1, 6), ((5, 6), 2, 4)])
+@pytest.mark.parametrize(
+    ("side_by_side", "images", "generator"), [(False, 3, "winograd_space"), (True, 8, "winograd_lanes")]
+)
+def test_winograds_convolution(
+    emulation: Emulation, neon: CpuFacts, side_by_side: bool, images: int, generator: str, kernel: tuple[int, int], stride: int,
+    reach: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    force(monkeypatch, reach)
+    spec, dense, values, index = layer(random_mask(10, 7, *kernel), padding=(1, 2), stride=(stride, stride))
+    x, bias = torch.randn(images, 7, 9, 14), torch.randn(10)
+    expected = oracle(spec, dense, x, bias)
+    scale, shift, residual = torch.randn(10), torch.randn(10), torch.randn(expected.shape)
+    expected = Finish(scale.double(), shift.double(), residual.double()).apply(expected, "relu", 1)
+    made = TvmKernel(
+        spec, "layer", 1, neon, epilogue=Epilogue(scaled=True, residual=True, activation="relu"), winograd=4
+    )
+    emulation.calls.clear()
+    if side_by_side:
+        finish = Finish(scale, shift, to_image_vectors(residual, 4))
+        y = from_image_vectors(made(to_image_vectors(x, 4), values, index, bias, finish))
+    else:
+        y = made(x, values, index, bias, Finish(scale, shift, residual))
+    assert deviation(y, expected) < TOLERANCE
+    assert emulation.calls == {"winograd_weights": 1, generator: 1}
 
 
 def test_a_moved_mask_is_followed(emulation: Emulation, neon: CpuFacts) -> None:
