@@ -13,6 +13,7 @@ import hashlib
 import importlib.abc
 import importlib.util
 import json
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,11 @@ class Fingerprint:
         """The fields as what JSON gives back: lists and strings."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
+
+
+parsing = threading.RLock()
+"""Held by whoever has Python source parsed: CPython 3.11 counts the depth of syntax trees for all threads at once and raises SystemError
+where two build one at a time."""
 
 
 @functools.cache
@@ -83,7 +89,9 @@ def _source(module: str) -> str | None:
 def _imports(source: str) -> list[str]:
     """Modules of this package that a source imports, wherever in it."""
     found: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+    with parsing:
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

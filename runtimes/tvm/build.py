@@ -14,13 +14,12 @@ from typing import Any
 
 from sift_compiler.errors import RuntimeBuildError
 from sift_compiler.runtimes.cache import Form, KernelCache, default_folder
-from sift_compiler.runtimes.fingerprint import Fingerprint, source_digest
+from sift_compiler.runtimes.fingerprint import Fingerprint, parsing, source_digest
 from sift_compiler.runtimes.tvm.launch import redirect
 from sift_compiler.runtimes.tvm.target import llvm_target
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
-_writing = threading.Lock()
 _compiled: dict[tuple[object, ...], Future[tuple[Any, Any]]] = {}
 """Libraries and their functions; threads that ask for one in the making wait for it."""
 
@@ -66,7 +65,7 @@ def compile_anew(generator: Callable[..., Any], cpu: str, **constants: Any) -> A
     begin = time.perf_counter()
     try:
         # TVMScript keeps what it builds in variables of the process: one at a time. Lowering and LLVM keep theirs apart.
-        with _writing:
+        with parsing:
             function, lowering = generator(**constants, name=_symbol(generator)), pipeline()
         made_of = function.functions.values() if isinstance(function, tvm.IRModule) else (function,)
         in_registers = any(IN_REGISTERS in (each.attrs or {}) for each in made_of)

@@ -37,7 +37,12 @@ from sift_compiler.runtimes.tvm.lane_part import LanePart
 from sift_compiler.runtimes.tvm.pair_kernel import pair_tile
 from sift_compiler.runtimes.tvm.pair_part import PairPart
 from sift_compiler.runtimes.tvm.part import Part
+from sift_compiler.runtimes.tvm.prepare import prepare_live
+from sift_compiler.runtimes.tvm.row_part import RowPart
 from sift_compiler.runtimes.tvm.sparse_kernel import sparse_tile
+from sift_compiler.runtimes.tvm.winograd_kernel import winograd_lanes
+from sift_compiler.runtimes.tvm.winograd_part import WinogradPart
+from sift_compiler.runtimes.tvm.winograd_space import winograd_space
 
 _log = logging.getLogger(__name__)
 _FLOPS_OF_A_TRIAL = 2e8
@@ -45,6 +50,7 @@ _FLOPS_OF_A_TRIAL = 2e8
 _ROUNDS = {"quick": 5, "full": 9}
 _GIVE_UP = (2.0, 1.3, 1.15, 1.06)
 """After each round candidates this much slower than the fastest are out; the last number holds on."""
+_MEASURED = ("batch", "space", "pairs", "winograd")
 _WORTH = 0.98
 """The rules' tile is left only for one that takes at most this share of its time: less is noise."""
 
@@ -135,14 +141,14 @@ class Tuner:
         threads: int, side_by_side: bool = False,
     ) -> Tuned | None:  # fmt: skip
         """What is known, or now measured, about a part; None if nothing is. Arguments as those of :meth:`choose`."""
-        if choice.tile.lanes not in ("batch", "space", "pairs") or not (index >= 0).any():
+        if choice.tile.lanes not in _MEASURED or not (index >= 0).any():
             return None
         constants = tuning_key(spec, choice, size, index, cpu, threads)
         store = KernelCache(
             default_folder() / "tiles", {"tile": Form(_write, _read)}, what="measured tile",
             otherwise="Every process measures its tiles anew", again="It is measured anew",
         )  # fmt: skip
-        generator = lane_tile if side_by_side else pair_tile if choice.tile.lanes == "pairs" else sparse_tile
+        generator = _generator(choice.tile, side_by_side)
         keys = {level: _key(level, generator, constants, cpu) for level in ("full", "quick")}
         # A thorough measurement serves who would do with a quick one, never the other way round.
         for level in ("full", "quick") if self.level != "full" else ("full",):
@@ -158,6 +164,13 @@ class Tuner:
             return measure(spec, choice, size, index, cpu, threads, self.level, side_by_side)
 
         return measured() if key is None else store.get(key, measured)
+
+
+def _generator(tile: Tile, side_by_side: bool) -> Callable[..., Any]:
+    """What the code of the rules' tile comes from."""
+    if tile.lanes == "winograd":
+        return winograd_lanes if side_by_side else winograd_space
+    return lane_tile if side_by_side else pair_tile if tile.lanes == "pairs" else sparse_tile
 
 
 def _narrow(tile: Tile, spec: LayerSpec, choice: Choice) -> Tile:
@@ -182,7 +195,10 @@ def measure(
     With one worker times are processor time, which leaves out what other programs took of the core.
     """
     begin = time.perf_counter()
-    count = min(choice.count, 1024) if spec.kind == "linear" or choice.tile.lanes == "space" else choice.tile.vector
+    whole = (
+        spec.kind == "linear" or choice.tile.lanes == "space" or (choice.tile.lanes == "winograd" and not side_by_side)
+    )
+    count = min(choice.count, 1024) if whole else choice.tile.vector
     part_of = dataclasses.replace(choice, first=0, count=count)
     tiles = candidates(spec, part_of, size, cpu, level)
     made = [dataclasses.replace(part_of, tile=tile) for tile in tiles]
@@ -213,11 +229,11 @@ def measure(
 
 def _part(
     spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts, threads: int, side_by_side: bool
-) -> Part | PairPart | LanePart:
+) -> Part | PairPart | LanePart | WinogradPart:
     """What runs whole vectors of images, positions or tokens."""
-    if choice.tile.lanes == "pairs":
-        return PairPart(spec, choice, cpu, threads)
-    return (LanePart if side_by_side else Part)(spec, choice, size, cpu, threads, PLAIN)
+    part = prepare_live(spec, choice, size, cpu, threads, PLAIN, False, side_by_side)
+    assert not isinstance(part, RowPart), "row programs have no other tiles"
+    return part
 
 
 def _tensors(spec: LayerSpec, count: int, size: tuple[int, int], vector: int) -> tuple[torch.Tensor, torch.Tensor]:

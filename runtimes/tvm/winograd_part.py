@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,14 @@ class WinogradPart(ABC):
         self._compute(x, self._weights.of(values), bias, epilogue, y, strange)
         if float(strange.sum()) != 0:
             self._kept_weights_alone().run(x, values, bias, y, finish)
+
+    def trial(
+        self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, share: float
+    ) -> tuple[Callable[[], None], float]:
+        """A call that computes all of ``y``, however small a ``share`` is asked for, and 1; see :meth:`Part.trial`."""
+        weights = self._weights.of(values).clone()
+        strange, nothing = torch.zeros(self.threads * self.choice.tile.vector), (self._one,) * 3
+        return lambda: self._compute(x, weights, bias, nothing, y, strange), 1.0
 
     @abstractmethod
     def _compute(

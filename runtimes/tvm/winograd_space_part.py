@@ -17,6 +17,8 @@ from sift_compiler.runtimes.tvm.winograd_part import WinogradPart
 from sift_compiler.runtimes.tvm.winograd_space import winograd_space
 from sift_compiler.runtimes.tvm.workspace import scratch
 
+_MOST = 2**31 - 1
+
 
 class WinogradSpacePart(WinogradPart):
     """x [count, C, H, W] → y [count, M, H', W'], both contiguous float32."""
@@ -45,6 +47,17 @@ class WinogradSpacePart(WinogradPart):
         )  # fmt: skip
 
     def _compute(
+        self, x: Tensor, weights: Tensor, bias: Tensor, epilogue: tuple[Tensor, ...], y: Tensor, strange: Tensor
+    ) -> None:
+        scale, shift, residual = epilogue
+        # Kernels count in 32 bits.
+        items = max(1, _MOST // max(x[0].numel(), y[0].numel()))
+        for first in range(0, x.shape[0], items):
+            rows = slice(first, first + items)
+            of_rows = residual.view(y.shape)[rows].view(-1) if residual is not self._one else residual
+            self._compute_images(x[rows], weights, bias, (scale, shift, of_rows), y[rows], strange)
+
+    def _compute_images(
         self, x: Tensor, weights: Tensor, bias: Tensor, epilogue: tuple[Tensor, ...], y: Tensor, strange: Tensor
     ) -> None:
         spec, tile = self.spec, self.choice.tile

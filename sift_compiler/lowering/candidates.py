@@ -28,14 +28,16 @@ def candidates(spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuF
         level: ``"quick"`` or ``"full"``; with ``"off"``, and for row programs, there is only the rules' tile.
     """
     tile = choice.tile
-    if level == "off" or tile.lanes not in ("batch", "space", "pairs"):
+    if level == "off" or tile.lanes not in ("batch", "space", "pairs", "winograd"):
         return (tile,)
+    if tile.lanes == "winograd":
+        return (tile, *choice.rivals)
     if tile.lanes == "pairs":
         return _pairs(tile, spec, choice.count, cpu)[: _MOST[level]]
     output = (1, 1) if spec.kind == "linear" else spec.output_size(*size)
     shapes = [tile, *_reshaped(tile, spec, output, cpu, choice.count)]
     blocks = [_with_block(tile, spec, factor) for factor in (2.0, 0.5)]
-    found = dict.fromkeys((tile, *blocks, *shapes))
+    found = dict.fromkeys((tile, *choice.rivals, *blocks, *shapes))
     if level == "full":
         found.update(dict.fromkeys(_with_block(shape, spec, factor) for shape in shapes for factor in (2.0, 0.5)))
     return tuple(found)[: _MOST[level]]

@@ -25,6 +25,8 @@ _LINE = 16
 _SAVED = 0.1
 """Share of the loads of x that a mask must save against a random one before its rows are weighed by it: less is chance."""
 _FEW_LOADS = 0.3
+_PASSING = 54
+"""Vector multiply-adds at full speed in whose time a vector is fetched, or finished and stored."""
 _POSITIONS = 1.2
 """Time with lanes over positions beside that with lanes over images of the same cost."""
 _WORTH_ZEROS = 0.95
@@ -170,31 +172,35 @@ def _choose_images(
     groups, rest = divmod(count, lanes)
     images, image_cost = _image_tile(spec, output, cpu, loads)
     dense = of_positions(spec, output, count, largest, frozen, cpu)
+    space, space_cost = _space_tile(spec, rest or count, output, size, cpu, loads)
+    padded_cost = image_cost * lanes / rest if rest else image_cost
     if dense is not None:
-        alone = _space_tile(spec, count, output, size, cpu, loads)[1] * _POSITIONS
-        otherwise = _dense_cost(spec, image_cost if groups else min(alone, image_cost * lanes / rest))
+        otherwise = _dense_cost(spec, image_cost if groups else min(space_cost * _POSITIONS, padded_cost))
         if dense.cost < _WORTH_ZEROS * otherwise:
-            return (Choice(tile=dense.tile, first=0, count=count, reason=_zeros_too(spec, dense, otherwise)),)
+            rivals = (space,) if not groups else ()
+            return (
+                Choice(tile=dense.tile, first=0, count=count, reason=_zeros_too(spec, dense, otherwise), rivals=rivals),
+            )
     parts = []
     if groups:
         reason = f"{_describe(spec, images)}; lanes over {lanes} images, relative cost {image_cost:.2f}"
         parts.append(Choice(tile=images, first=0, count=groups * lanes, reason=reason))
-    if rest:
-        space, space_cost = _space_tile(spec, rest, output, size, cpu, loads)
-        padded_cost = image_cost * lanes / rest
-        if space_cost < padded_cost:
-            reason = f"{_describe(spec, space)}; {rest} images fill no vector: lanes over positions, relative cost {space_cost:.2f} against {padded_cost:.2f}"
-            parts.append(Choice(tile=space, first=groups * lanes, count=rest, reason=reason))
-        else:
-            reason = f"{_describe(spec, images)}; lanes over images although {rest} fill no vector, relative cost {padded_cost:.2f} against {space_cost:.2f}"
-            parts.append(Choice(tile=images, first=max(0, count - lanes), count=lanes, reason=reason))
+    if rest and space_cost < padded_cost:
+        reason = f"{_describe(spec, space)}; {rest} images fill no vector: lanes over positions, relative cost {space_cost:.2f} against {padded_cost:.2f}"
+        rivals = (dense.tile,) if dense is not None and not groups else ()
+        parts.append(Choice(tile=space, first=groups * lanes, count=rest, reason=reason, rivals=rivals))
+    elif rest:
+        reason = f"{_describe(spec, images)}; lanes over images although {rest} fill no vector, relative cost {padded_cost:.2f} against {space_cost:.2f}"
+        parts.append(Choice(tile=images, first=max(0, count - lanes), count=lanes, reason=reason))
     return tuple(parts)
 
 
 def _dense_cost(spec: LayerSpec, cost: float) -> float:
-    """A cost of :func:`_cost` in the unit of :class:`Fallback` (measured at 50, 75 and 90 % sparsity)."""
-    density = 1 - spec.sparsity
-    return density * (2.05 - density) * cost
+    """A cost of :func:`_cost` in the unit of :class:`Fallback`, with that of input and output passing through (measured at 50, 75 and 90 %
+    sparsity)."""
+    density, area = 1 - spec.sparsity, spec.kernel_size[0] * spec.kernel_size[1]
+    passing = _PASSING * (1 / spec.in_channels + 1 / spec.out_channels) / area
+    return density * (2.05 - density) * cost + passing
 
 
 def _choose_image_vectors(
@@ -203,13 +209,12 @@ def _choose_image_vectors(
     """The tile of a convolution whose input lies with images side by side: ``shape`` is (groups of images, C, H, W, lanes)."""
     output = spec.output_size(shape[2], shape[3])
     tile, cost = _image_tile(spec, output, cpu, loads)
-    dense = of_image_vectors(spec, output, shape[0] * shape[4], largest, frozen, cpu)
-    if dense is not None and dense.cost < _WORTH_ZEROS * _dense_cost(spec, cost):
-        return Choice(
-            tile=dense.tile, first=0, count=shape[0] * shape[4], reason=_zeros_too(spec, dense, _dense_cost(spec, cost))
-        )
+    count, otherwise = shape[0] * shape[4], _dense_cost(spec, cost)
+    dense = of_image_vectors(spec, output, count, largest, frozen, cpu)
+    if dense is not None and dense.cost < _WORTH_ZEROS * otherwise:
+        return Choice(tile=dense.tile, first=0, count=count, reason=_zeros_too(spec, dense, otherwise), rivals=(tile,))
     reason = f"{_describe(spec, tile)}; images stay side by side between sparse layers, relative cost {cost:.2f}"
-    return Choice(tile=tile, first=0, count=shape[0] * shape[4], reason=reason)
+    return Choice(tile=tile, first=0, count=count, reason=reason, rivals=() if dense is None else (dense.tile,))
 
 
 def sparse_space(spec: LayerSpec, choice: Choice, size: tuple[int, int], cpu: CpuFacts) -> Choice:

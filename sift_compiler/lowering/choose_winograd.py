@@ -22,6 +22,8 @@ _CACHED_BYTES, _HALF_SPEED_BYTES = 8 * 2**20, 100 * 2**20
 """Transformed weights up to the first number come from the caches at full speed; this many more take twice the time."""
 _MOST_BYTES = 48 * 2**20
 """Transformed weights of a layer beyond this are not made."""
+_MOST_TRANSFORMED = 2**26
+"""Transformed inputs of one image beyond this, in numbers, are not made; with images side by side only those of a few tiles are there."""
 _TAPS_OF_NAME = 3
 """Options name tiles by their outputs with kernels of three rows and columns."""
 
@@ -34,6 +36,8 @@ class _Layout:
     """Vectors of tiles of a size, whose inputs reach to so many more tiles."""
     outputs: float
     """Vectors of outputs."""
+    at_once: bool
+    """Whether all transformed inputs are there at once."""
     repeats: float
     """How often as many are computed with the same weights."""
     reading: int
@@ -66,7 +70,7 @@ def of_image_vectors(
         cpu: the processor.
     """
     layout = _Layout(
-        vectors=lambda size, _: -(-output[0] // size) * -(-output[1] // size), outputs=output[0] * output[1],
+        vectors=lambda size, _: -(-output[0] // size) * -(-output[1] // size), outputs=output[0] * output[1], at_once=False,
         repeats=images / cpu.lanes, reading=88, writing=12, streamed=0,
     )  # fmt: skip
     return _best(spec, layout, largest, frozen, cpu)
@@ -78,7 +82,7 @@ def of_positions(
     """The best tile with tiles of one image side by side; arguments as those of :func:`of_image_vectors`."""
     layout = _Layout(
         vectors=lambda size, more: -(-(-(-output[0] // size) * (-(-output[1] // size) + more) - more) // cpu.lanes),
-        outputs=output[0] * output[1] / cpu.lanes, repeats=images, reading=110, writing=40, streamed=3,
+        outputs=output[0] * output[1] / cpu.lanes, at_once=True, repeats=images, reading=110, writing=40, streamed=3,
     )  # fmt: skip
     return _best(spec, layout, largest, frozen, cpu)
 
@@ -90,12 +94,20 @@ def _best(spec: LayerSpec, layout: _Layout, largest: int, frozen: bool, cpu: Cpu
     found = []
     for reach in POINTS:
         size = reach - shape.taps + 1
-        if size > 1 and reach < largest + _TAPS_OF_NAME and _weight_bytes(spec, shape, reach) <= _MOST_BYTES:
+        if size > 1 and reach < largest + _TAPS_OF_NAME and _affordable(spec, shape, layout, reach, cpu):
             for rows, width in _SHAPES[cpu.registers >= 32]:
                 channels = spec.in_channels * shape.phases
                 tile = Tile(lanes="winograd", vector=cpu.lanes, rows=rows, height=size, width=width, channels=channels)
                 found.append(Fallback(tile=tile, cost=_cost(spec, shape, layout, tile, frozen)))
     return min(found, key=lambda each: each.cost, default=None)
+
+
+def _affordable(spec: LayerSpec, shape: Form, layout: _Layout, reach: int, cpu: CpuFacts) -> bool:
+    """Whether weights and inputs, transformed, are within bounds."""
+    size = reach - shape.taps + 1
+    vectors = layout.vectors(size, (reach - 1) // size) if layout.at_once else 1
+    transformed = vectors * cpu.lanes * reach**2 * spec.in_channels * shape.phases
+    return transformed <= _MOST_TRANSFORMED and _weight_bytes(spec, shape, reach) <= _MOST_BYTES
 
 
 def _weight_bytes(spec: LayerSpec, shape: Form, reach: int) -> int:

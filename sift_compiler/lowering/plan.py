@@ -28,6 +28,8 @@ class Choice:
     reason: str
     microseconds: float | None = None
     """What its kernel takes on inputs packed beforehand, if tiles were measured."""
+    rivals: tuple[Tile, ...] = ()
+    """Tiles of the other kind, on kept weights alone or with zeros multiplied, that tuning should time, too."""
     timings: tuple[Timing, ...] = ()
     """The tiles that were measured, the rules' first, with times for ``count`` images (tokens); empty if none were."""
 

@@ -40,5 +40,5 @@ def tuning_key(
         "layer": dataclasses.replace(spec, nnz=0, bias=False),
         "density": round(4 * math.log2(max(kept, 1) / max(entries, 1))),
         "loads of two and four rows": (round(16 * loads[1]), round(8 * loads[3])),
-        "size": size, "items": items, "lanes": tile.lanes, "cpu": cpu, "threads": threads,
+        "size": size, "items": items, "lanes": tile.lanes, "rivals": choice.rivals, "cpu": cpu, "threads": threads,
     }  # fmt: skip

@@ -85,8 +85,14 @@ def test_images_that_fill_no_vector_are_measured_for_themselves(measured):
 def test_images_side_by_side_are_measured_as_such(measured, monkeypatch):
     made, lanes = layer(), host_cpu().lanes
     built: list[str] = []
-    for part in (tune.Part, tune.LanePart):
-        monkeypatch.setattr(tune, part.__name__, lambda *a, part=part: (built.append(part.__name__), part(*a))[1])
+    prepare = tune.prepare_live
+
+    def prepared(*arguments):
+        made = prepare(*arguments)
+        built.append(type(made).__name__)
+        return made
+
+    monkeypatch.setattr(tune, "prepare_live", prepared)
     run("quick", (lanes, 10, 6, 6), made)
     assert set(built) == {"Part"}
     built.clear()
