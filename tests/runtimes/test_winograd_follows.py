@@ -114,7 +114,7 @@ def test_nothing_depends_on_what_memory_held(side_by_side: bool, monkeypatch: py
     monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(math.nan))
     kernel = build(one)
     images = host_cpu().lanes if side_by_side else 2
-    for size in (SIZE, (3, 70), (17, 5), (1, 1)):
+    for size in (SIZE, (3, 70), (17, 5), (1, 1), (28, 68), (28, 67)):
         x = torch.randn(images, CHANNELS, *size)
         assert error(kernel, one, x, side_by_side=side_by_side) < TOLERANCE
         for buffer in workspace._local.buffers.values():
