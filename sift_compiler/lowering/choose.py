@@ -196,11 +196,14 @@ def _choose_images(
 
 
 def _dense_cost(spec: LayerSpec, cost: float) -> float:
-    """A cost of :func:`_cost` in the unit of :class:`Fallback`, with that of input and output passing through (measured at 50, 75 and 90 %
-    sparsity)."""
-    density, area = 1 - spec.sparsity, spec.kernel_size[0] * spec.kernel_size[1]
-    passing = _PASSING * (1 / spec.in_channels + 1 / spec.out_channels) / area
-    return density * (2.05 - density) * cost + passing
+    """A cost of :func:`_cost` or :func:`_space_cost` in the unit of :class:`Fallback` (measured at 50, 75 and 90 % sparsity)."""
+    density = 1 - spec.sparsity
+    return density * (2.05 - density) * cost
+
+
+def _passing(spec: LayerSpec) -> float:
+    """The cost, in the unit of :class:`Fallback`, of input and output of many images, which pass through from memory and back."""
+    return _PASSING * (1 / spec.in_channels + 1 / spec.out_channels) / (spec.kernel_size[0] * spec.kernel_size[1])
 
 
 def _choose_image_vectors(
@@ -209,7 +212,7 @@ def _choose_image_vectors(
     """The tile of a convolution whose input lies with images side by side: ``shape`` is (groups of images, C, H, W, lanes)."""
     output = spec.output_size(shape[2], shape[3])
     tile, cost = _image_tile(spec, output, cpu, loads)
-    count, otherwise = shape[0] * shape[4], _dense_cost(spec, cost)
+    count, otherwise = shape[0] * shape[4], _dense_cost(spec, cost) + _passing(spec)
     dense = of_image_vectors(spec, output, count, largest, frozen, cpu)
     if dense is not None and dense.cost < _WORTH_ZEROS * otherwise:
         return Choice(tile=dense.tile, first=0, count=count, reason=_zeros_too(spec, dense, otherwise), rivals=(tile,))
