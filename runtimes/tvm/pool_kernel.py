@@ -27,7 +27,7 @@ def pool_images(*, lanes: int, vector: int, parallel: bool, name: str) -> Any:
     """[planes, H, W, lanes] → [planes, H', W', lanes], the largest of every window; what lies past the border is none of it.
 
     First the rows of a window become one row, then its columns one. NaN spreads. ``vector`` positions are stored at once: 1 with more
-    than one lane. The function's arguments: x, y, a workspace [workers, W + 2 · padding, lanes], workers, planes, H, W, H', W', and
+    than one lane. The function's arguments: x, y, a workspace [workers, W + 2 · padding, lanes] and a vector, workers, planes, H, W, H', W', and
     kernel, stride and padding, each down and across.
     """
     L, V = lanes, vector
@@ -69,28 +69,42 @@ def pool_images(*, lanes: int, vector: int, parallel: bool, name: str) -> Any:
                         R[inside + W * L // N * N + i] = _larger(
                             R[inside + W * L // N * N + i], X[source + (dy + 1) * W * L + W * L // N * N + i]
                         )
-                for i in range(out_width // V):
-                    if L > 1:
+                if L > 1:
+                    for i in range(out_width):
                         Y[T.ramp((line * out_width + i) * L, 1, L)] = R[T.ramp(begin + i * stride_x * L, 1, L)]
                         for dx in range(kernel_x - 1):
                             Y[T.ramp((line * out_width + i) * L, 1, L)] = _larger(
                                 Y[T.ramp((line * out_width + i) * L, 1, L)], R[T.ramp(begin + (i * stride_x + dx + 1) * L, 1, L)]
                             )
-                    else:
-                        Y[T.ramp(line * out_width + i * V, 1, V)] = R[T.ramp(begin + i * V * stride_x, stride_x, V)]
-                        for dx in range(kernel_x - 1):
-                            Y[T.ramp(line * out_width + i * V, 1, V)] = _larger(
-                                Y[T.ramp(line * out_width + i * V, 1, V)], R[T.ramp(begin + i * V * stride_x + dx + 1, stride_x, V)]
-                            )
                 if L == 1:
-                    for i in range(out_width % V):
-                        at: T.let[T.int32] = out_width // V * V + i
-                        Y[line * out_width + at] = R[begin + at * stride_x]
+                    # The last vector begins earlier, so that it ends with the row; a row shorter than a vector goes number by number.
+                    for i in range(T.if_then_else(out_width >= V, (out_width + V - 1) // V, 0)):
+                        at: T.let[T.int32] = T.min(i * V, out_width - V)
+                        if stride_x == 2:
+                            Y[T.ramp(line * out_width + at, 1, V)] = second(R, begin + at * 2, V)
+                            for dx in range(kernel_x - 1):
+                                Y[T.ramp(line * out_width + at, 1, V)] = _larger(
+                                    Y[T.ramp(line * out_width + at, 1, V)], second(R, begin + at * 2 + dx + 1, V)
+                                )
+                        else:
+                            Y[T.ramp(line * out_width + at, 1, V)] = R[T.ramp(begin + at * stride_x, stride_x, V)]
+                            for dx in range(kernel_x - 1):
+                                Y[T.ramp(line * out_width + at, 1, V)] = _larger(
+                                    Y[T.ramp(line * out_width + at, 1, V)], R[T.ramp(begin + at * stride_x + dx + 1, stride_x, V)]
+                                )
+                    for i in range(T.if_then_else(out_width >= V, 0, out_width)):
+                        Y[line * out_width + i] = R[begin + i * stride_x]
                         for dx in range(kernel_x - 1):
-                            Y[line * out_width + at] = _larger(Y[line * out_width + at], R[begin + at * stride_x + dx + 1])
+                            Y[line * out_width + i] = _larger(Y[line * out_width + i], R[begin + i * stride_x + dx + 1])
 
     return kernel
 # fmt: on
+
+
+def second(row: Any, begin: Any, lanes: int) -> Any:
+    """Every second of ``2 · lanes`` numbers of a buffer: two loads and a shuffle, where LLVM would load number by number."""
+    halves = [row[T.ramp(begin + half * lanes, 1, lanes)] for half in (0, 1)]
+    return T.Shuffle(halves, list(range(0, 2 * lanes, 2)))
 
 
 def _larger(now: Any, other: Any) -> Any:
@@ -122,7 +136,7 @@ class MaxPool:
         planes = x.shape[0] * x.shape[1]
         workers = max(1, min(self._threads, planes))
         if y.numel():
-            rows = scratch("window", workers * (width + 2 * padding[1]) * lanes)
+            rows = scratch("window", workers * (width + 2 * padding[1]) * lanes + self._cpu.lanes)
             code(
                 x.contiguous().view(-1), y.view(-1), rows, workers, planes, height, width, *size, *kernel, *stride, *padding
             )  # fmt: skip
