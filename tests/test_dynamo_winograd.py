@@ -67,7 +67,7 @@ def error(y: Tensor, expected: Tensor) -> float:
         (16, 0.5, 4, False, {"first": 3, "one": 4, "two": 4}),
         (16, 0.25, 2, True, {"one": 2, "two": 2}),
         (16, 0.5, 0, True, {}),
-        (1, 0.5, 4, True, {"one": 4, "two": 4}),
+        (1, 0.25, 4, True, {"one": 4, "two": 4}),
     ],
 )
 def test_the_numbers_stay(batch: int, sparsity: float, winograd: int, freeze: bool, expected: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Winograd's convolution of images side by side in vectors, and vectors of other widths, against a float64 oracle."""
+"""Winograd's convolution of images side by side in vectors, against a float64 oracle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from sift_compiler.runtimes.tvm import winograd_lane_part
 from sift_compiler.runtimes.tvm.target import host_cpu
 from tests.runtimes.forced_winograd import ALL, build, error, force, parts
 from tests.runtimes.test_conformance import TOLERANCE, layer, sparse_mask
-from tests.runtimes.test_image_vectors import PROCESSORS
 
 LANES = host_cpu().lanes
 
@@ -100,21 +99,6 @@ def test_an_input_that_does_not_begin_on_a_cache_line(monkeypatch: pytest.Monkey
     x = torch.randn(5 * 30 * LANES + 1)[1:].view(1, 5, 6, 5, LANES)
     y, again = (kernel(each, one.values, one.index, one.bias, Finish(scale, scale)) for each in (x, x.clone()))
     assert torch.equal(y, again)
-
-
-NARROWER = [name for name in PROCESSORS if name != "host"]
-
-
-@pytest.mark.parametrize("side_by_side", [False, True], ids=["usual order", "side by side"])
-@pytest.mark.parametrize(("processor", "shape"), [(name, which) for which, name in enumerate(NARROWER)])
-def test_narrower_vectors(processor: str, shape: int, side_by_side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(monkeypatch, 6, shape)
-    for padding, epilogue in (((1, 1), ALL), ((2, 0), Epilogue(scaled=True))):
-        one = layer(sparse_mask((13, 7, 3, 3)), padding=padding)
-        kernel = build(one, processor=processor, epilogue=epilogue)
-        lanes = kernel.cpu.lanes
-        for batch, size in ((2 * lanes, (9, 11)), (lanes, (3, 41)), (1, (14, 14)))[: 2 if side_by_side else 3]:
-            assert error(kernel, one, torch.randn(batch, 7, *size), side_by_side=side_by_side) < TOLERANCE
 
 
 def test_one_thread_another_activation_and_outputs_stored_past_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
