@@ -79,7 +79,8 @@ def winograd_lanes(
     [M] and residual, as those of lane_kernel; output Y [groups of images, M, H', W', lanes]; workspaces of every worker: transformed inputs
     [n², C, vectors, lanes], sums [blocks at once, n², rows, vectors, lanes], one tile [n², lanes], and what tells of
     infinities and NaN: [lanes], anything but zeros if an output is not finite before its residual is added. Then integers: what computes
-    where (``workers``, panels of ``vectors`` tiles in all), sizes, and how many blocks of rows are summed before they are transformed back.
+    where (``workers``, panels of ``vectors`` tiles in all), sizes, and how many blocks of rows are summed before they are transformed back;
+    last a 0 that the compiler does not know, or it would take 0 · x for 0.
     """
     L, R, P, S, N = lanes, rows, vectors, reach - taps + 1, reach
     loop = T.parallel if parallel else T.serial
@@ -91,7 +92,7 @@ def winograd_lanes(
         transformed: T.handle, sums: T.handle, one: T.handle, strange: T.handle,
         workers: T.int32, panels: T.int32, tiles_down: T.int32, tiles_across: T.int32, stride: T.int32, C: T.int32, H: T.int32, W: T.int32,
         pad_y: T.int32, pad_x: T.int32, M: T.int32, out_height: T.int32, out_width: T.int32, blocks: T.int32, at_once: T.int32,
-        added: T.int32, lowest: T.float32,
+        added: T.int32, lowest: T.float32, nought: T.float32,
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True, IN_REGISTERS: True})
         n0, n1, n2, n3, n4, n5 = T.int32(), T.int64(), T.int32(), T.int32(), T.int32(), T.int32()
@@ -159,8 +160,8 @@ def winograd_lanes(
                         transform_back(Q, q0 + ((k // R * N * N * R + k % R) * P + p) * L, R * P * L, back, G, o0, L, L, taps, reach)
                         for i, j in T.grid(T.min(S, out_height - down), T.min(S, out_width - right)):
                             place: T.let[T.int32] = (((image * M + m) * out_height + down + i) * out_width + right + j) * L
-                            Z[T.ramp(worker * L, 1, L)] = Z[T.ramp(worker * L, 1, L)] + (
-                                G[T.ramp(o0 + (i * S + j) * L, 1, L)] - G[T.ramp(o0 + (i * S + j) * L, 1, L)]
+                            Z[T.ramp(worker * L, 1, L)] = (
+                                Z[T.ramp(worker * L, 1, L)] + G[T.ramp(o0 + (i * S + j) * L, 1, L)] * T.broadcast(nought, L)
                             )
                             if past_caches:
                                 T.evaluate(T.call_extern("void", STREAM, T.address_of(Y[place]), finished_at_run_time(

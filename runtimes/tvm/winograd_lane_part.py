@@ -38,7 +38,7 @@ class WinogradLanePart(WinogradPart):
             scratch("sums", self.threads * self._at_once * self._numbers * self._products),
             scratch("one tile", self.threads * self._numbers * tile.vector), strange,
             self._workers(tile.width * panels, panels), panels, *self._tiles, self._form.stride, self._channels, *self._size, *spec.padding,
-            spec.out_channels, *self._output, self._blocks, self._at_once, self._added, self._lowest,
+            spec.out_channels, *self._output, self._blocks, self._at_once, self._added, self._lowest, 0.0,
         )  # fmt: skip
 
     def _sparse(self) -> LanePart:

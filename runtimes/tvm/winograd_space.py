@@ -33,7 +33,7 @@ def winograd_space(
     a channel [workers, m² · plane], transformed inputs [panels, n², C, vectors, lanes], sums of every worker
     [blocks at once, n², rows, vectors, lanes], outputs by tiles [M, m², panels · vectors, lanes], tails [workers, lanes], and
     what tells of infinities and NaN [workers, lanes], anything but zeros if an output may not be finite before its residual is added.
-    Then integers.
+    Then integers, and last a 0 as that of winograd_lanes.
     """
     L, R, P, S, N = lanes, rows, vectors, reach - taps + 1, reach
     loop = T.parallel if parallel else T.serial
@@ -52,7 +52,7 @@ def winograd_space(
         planes: T.handle, transformed: T.handle, sums: T.handle, tiles: T.handle, tails: T.handle, strange: T.handle,
         workers: T.int32, images: T.int32, phases: T.int32, C: T.int32, H: T.int32, W: T.int32, M: T.int32, out_height: T.int32, out_width: T.int32,
         tiles_down: T.int32, tiles_across: T.int32, pitch: T.int32, plane: T.int32, panels: T.int32, blocks: T.int32, at_once: T.int32, own: T.int32,
-        added: T.int32, lowest: T.float32,
+        added: T.int32, lowest: T.float32, nought: T.float32,
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True, IN_REGISTERS: True})
         n0, n1, n2, n3, n4, n5 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
@@ -122,7 +122,7 @@ def winograd_space(
                             first: T.let[T.int32] = (m * S + row % S) * (S * panels * P * L) + row // S * pitch + chunk * L
                             for j in T.unroll(S):
                                 cells[T.ramp(j * L, 1, L)] = D[T.ramp(first + j * (panels * P * L), 1, L)]
-                                Z[T.ramp(worker * L, 1, L)] = Z[T.ramp(worker * L, 1, L)] + (cells[T.ramp(j * L, 1, L)] - cells[T.ramp(j * L, 1, L)])
+                                Z[T.ramp(worker * L, 1, L)] = Z[T.ramp(worker * L, 1, L)] + cells[T.ramp(j * L, 1, L)] * T.broadcast(nought, L)
                             interleaved(cells)
                             for j in T.unroll(S):
                                 column: T.let[T.int32] = (chunk * S + j) * L

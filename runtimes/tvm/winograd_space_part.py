@@ -62,16 +62,19 @@ class WinogradSpacePart(WinogradPart):
     ) -> None:
         spec, tile = self.spec, self.choice.tile
         vectors, planes = self._panels * tile.width, tile.height**2
+        # Rows are read in whole vectors, the last one past its end, and what is read there must not look like a NaN.
+        end = spec.out_channels * planes * vectors * tile.vector
+        tiles = scratch("tiles", end + tile.vector)
+        tiles[end : end + tile.vector].zero_()
         self._kernel(
             x.view(-1), self._sources, weights, bias, *epilogue, y.view(-1),
             scratch("planes", self.threads * planes * self._plane),
             scratch("transformed", vectors * self._numbers * self._channels * tile.vector),
             scratch("sums", self.threads * self._at_once * self._numbers * self._products),
-            # Rows are read in whole vectors, the last one past its end.
-            scratch("tiles", (spec.out_channels * planes * vectors + 1) * tile.vector),
+            tiles,
             scratch("tails", self.threads * tile.vector), strange,
             self.threads, x.shape[0], self._form.phases, self._channels, *self._size, spec.out_channels, *self._output,
-            *self._tiles, self._pitch, self._plane, self._panels, self._blocks, self._at_once, self._own, self._added, self._lowest,
+            *self._tiles, self._pitch, self._plane, self._panels, self._blocks, self._at_once, self._own, self._added, self._lowest, 0.0,
         )  # fmt: skip
 
     def _sparse(self) -> Part:
