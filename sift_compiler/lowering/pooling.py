@@ -11,16 +11,27 @@ from torch import fx
 from sift_compiler.lowering.partition import fake
 from sift_compiler.nn import image_vectors as image_vectors  # registers the operator
 
+_MAX_POOLS = (torch.ops.aten.max_pool2d.default, torch.max_pool2d, F.max_pool2d)
+_NAMES = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+
 
 def pooling(node: fx.Node) -> tuple[list[int], list[int], list[int]] | None:
     """Kernel, stride and padding of a max pooling, None for anything else."""
-    if node.target is not torch.ops.aten.max_pool2d.default or node.kwargs:
+    if node.target not in _MAX_POOLS or not node.args:
         return None
-    given: tuple[Any, ...] = (*node.args[1:], *(None,) * 5)
-    kernel, stride, padding, dilation, ceil, *_ = given
-    pairs = [[value] * 2 if isinstance(value, int) else list(value or ()) for value in (kernel, stride, padding)]
-    plain = (dilation is None or set(dilation) == {1}) and not ceil
-    return (pairs[0], pairs[1] or pairs[0], pairs[2] or [0, 0]) if plain else None
+    given: dict[str, Any] = {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+    kernel, stride, padding, dilation = (_pair(given.get(name)) for name in _NAMES[1:5])
+    plain = given.keys() <= set(_NAMES) and not given.get("ceil_mode") and not given.get("return_indices")
+    if not plain or not kernel or set(dilation) - {1}:
+        return None
+    return kernel, stride or kernel, padding or [0, 0]
+
+
+def _pair(value: Any) -> list[int]:
+    """One number for both directions, two numbers, or nothing."""
+    if isinstance(value, int):
+        return [value] * 2
+    return [*value] * 2 if value and len(value) == 1 else list(value or ())
 
 
 _ADAPTIVE = (F.adaptive_avg_pool2d, torch.ops.aten.adaptive_avg_pool2d.default)

@@ -86,11 +86,29 @@ def test_a_runtime_without_such_kernels_stays_as_it_is() -> None:
     [
         (lambda y, two: two(y), 2),
         (lambda y, two: two(y).sum() + y.sum(), 2),
-        (lambda y, two: two(F.max_pool2d(y, 2)), 0),
+        (lambda y, two: two(F.max_pool2d(y, 2)), 2),
+        (lambda y, two: two(F.max_pool2d(y, (3, 2), stride=(2, 1), padding=1)), 2),
+        (lambda y, two: two(torch.max_pool2d(y, 2, padding=[1])), 2),
+        (lambda y, two: two(F.max_pool2d(y, 2, ceil_mode=True)), 0),
+        (lambda y, two: two(F.max_pool2d(y, 2, dilation=2)), 0),
+        (lambda y, two: two(F.max_pool2d(y, 2, return_indices=True)[0]), 0),
+        (lambda y, two: two(F.avg_pool2d(y, 2)), 0),
         (lambda y, two: two(torch.sigmoid(y)), 0),
         (lambda y, two: two(y).mul_(2) + y, 0),
     ],
-    ids=["next to each other", "read by others too", "a pool between", "a function between", "changed in place"],
+    ids=[
+        "next to each other",
+        "read by others too",
+        "a pool between",
+        "other sizes",
+        "of torch",
+        "rounded up",
+        "dilated",
+        "with places",
+        "another pool between",
+        "a function between",
+        "changed in place",
+    ],
 )
 def test_neighbours_only(then, count: int) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
