@@ -5,25 +5,30 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import tvm
 from tvm.script import tirx as T
 
+from sift_compiler.errors import UnsupportedError
 from sift_compiler.lowering.epilogue import Epilogue
 
 
-def finished(epilogue: Epilogue, value: Any, lanes: int, scale: Any, shift: Any, residual: Any) -> Any:
+def finished(
+    epilogue: Epilogue, value: Any, lanes: int, scale: Any, shift: Any, residual: Any, dtype: str = "float32"
+) -> Any:
     """The expression that is stored for the sums ``value``.
 
     Args:
         epilogue: what there is to do.
-        value: float32 expression of ``lanes`` lanes.
+        value: expression of ``lanes`` lanes.
         lanes: 1 for a scalar.
-        scale, shift, residual: float32 expressions of as many lanes.
+        scale, shift, residual: expressions of as many lanes.
+        dtype: of all of them. Activations that need e^x are written for float32.
     """
     if epilogue.scaled:
         value = value * scale + shift
     if epilogue.residual:
         value = value + residual
-    return _ACTIVATIONS[epilogue.activation](value, lanes)
+    return _ACTIVATIONS[epilogue.activation](value, lanes, dtype)
 
 
 def at_run_time(epilogue: Epilogue) -> tuple[Epilogue, int, float]:
@@ -38,45 +43,62 @@ def at_run_time(epilogue: Epilogue) -> tuple[Epilogue, int, float]:
 
 
 def finished_at_run_time(
-    epilogue: Epilogue, value: Any, lanes: int, scale: Any, shift: Any, residual: Any, added: Any, lowest: Any
+    epilogue: Epilogue,
+    value: Any,
+    lanes: int,
+    scale: Any,
+    shift: Any,
+    residual: Any,
+    added: Any,
+    lowest: Any,
+    dtype: str = "float32",
 ) -> Any:
     """As :func:`finished`, for the first part of :func:`at_run_time` and the other two as scalars; the residual is read only if it is added."""
-    value = finished(epilogue, value, lanes, scale, shift, residual)
+    value = finished(epilogue, value, lanes, scale, shift, residual, dtype)
     if epilogue.activation != "none":
         return value
     value = T.if_then_else(added > 0, value + residual, value)
+    lowest = T.cast(lowest, dtype)
     lowest = T.broadcast(lowest, lanes) if lanes > 1 else lowest
     # Not T.max: a NaN must stay one.
     return T.Select(value < lowest, lowest, value)
 
 
-def _wide(value: float, lanes: int) -> Any:
+def _wide(value: float, lanes: int, dtype: str = "float32") -> Any:
     """``value`` in every lane."""
-    return T.broadcast(T.float32(value), lanes) if lanes > 1 else T.float32(value)
+    one = tvm.tirx.const(value, dtype)
+    return T.broadcast(one, lanes) if lanes > 1 else one
 
 
-def _relu(x: Any, lanes: int) -> Any:
-    zero = _wide(0.0, lanes)
+def _float32(dtype: str) -> None:
+    if dtype != "float32":
+        raise UnsupportedError(f"e^x is written for float32, not for {dtype}. Leave this activation to torch.")
+
+
+def _relu(x: Any, lanes: int, dtype: str) -> Any:
+    zero = _wide(0.0, lanes, dtype)
     # Not T.max: a NaN must stay one.
     return T.Select(x < zero, zero, x)
 
 
-def _relu6(x: Any, lanes: int) -> Any:
-    six = _wide(6.0, lanes)
-    return _relu(T.Select(x > six, six, x), lanes)
+def _relu6(x: Any, lanes: int, dtype: str) -> Any:
+    six = _wide(6.0, lanes, dtype)
+    return _relu(T.Select(x > six, six, x), lanes, dtype)
 
 
-def _hard_swish(x: Any, lanes: int) -> Any:
-    return x * _relu6(x + _wide(3.0, lanes), lanes) * _wide(1 / 6, lanes)
+def _hard_swish(x: Any, lanes: int, dtype: str) -> Any:
+    return x * _relu6(x + _wide(3.0, lanes, dtype), lanes, dtype) * _wide(1 / 6, lanes, dtype)
 
 
-def _silu(x: Any, lanes: int) -> Any:
+def _silu(x: Any, lanes: int, dtype: str) -> Any:
+    _float32(dtype)
     one = _wide(1.0, lanes)
     return x / (one + exponential(_wide(0.0, lanes) - x, lanes))
 
 
-def _gelu(x: Any, lanes: int) -> Any:
+def _gelu(x: Any, lanes: int, dtype: str) -> Any:
     """x · (1 + erf(x / √2)) / 2, erf by Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7."""
+    _float32(dtype)
     one = _wide(1.0, lanes)
     z = x * _wide(math.sqrt(0.5), lanes)
     size = T.Select(z < _wide(0.0, lanes), _wide(0.0, lanes) - z, z)
@@ -89,8 +111,9 @@ def _gelu(x: Any, lanes: int) -> Any:
     return x * T.Select(z < _wide(0.0, lanes), half * tail, one - half * tail)
 
 
-def _gelu_tanh(x: Any, lanes: int) -> Any:
+def _gelu_tanh(x: Any, lanes: int, dtype: str) -> Any:
     """x · (1 + tanh u) / 2 = x · logistic(2u) with u = √(2/π) (x + 0.044715 x³)."""
+    _float32(dtype)
     double = _wide(2 * math.sqrt(2 / math.pi), lanes) * (x + _wide(0.044715, lanes) * x * x * x)
     return x / (_wide(1.0, lanes) + exponential(_wide(0.0, lanes) - double, lanes))
 
@@ -121,6 +144,6 @@ def _whole(value: int, lanes: int) -> Any:
 
 
 _ACTIVATIONS = {
-    "none": lambda x, lanes: x, "relu": _relu, "relu6": _relu6, "hard_swish": _hard_swish, "silu": _silu, "gelu": _gelu,
+    "none": lambda x, lanes, dtype: x, "relu": _relu, "relu6": _relu6, "hard_swish": _hard_swish, "silu": _silu, "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from sift_compiler.runtimes.tvm.transpose import perfect_shuffle, result_half
 
 
-def gather(*, parallel: bool, name: str) -> Any:
+def gather(*, parallel: bool, dtype: str = "float32", name: str) -> Any:
     """``packed[i] = values[order[i]]``; arguments: values, order, packed, workers, count."""
     loop = T.parallel if parallel else T.serial
 
@@ -20,9 +20,9 @@ def gather(*, parallel: bool, name: str) -> Any:
     def kernel(values: T.handle, order: T.handle, packed: T.handle, workers: T.int32, count: T.int32):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0, n1, n2 = T.int32(), T.int32(), T.int32()
-        V = T.match_buffer(values, (n0,), "float32", align=4, offset_factor=1)
+        V = T.match_buffer(values, (n0,), dtype, align=4, offset_factor=1)
         F = T.match_buffer(order, (n1,), "int32", align=4, offset_factor=1)
-        P = T.match_buffer(packed, (n2,), "float32", align=4, offset_factor=1)
+        P = T.match_buffer(packed, (n2,), dtype, align=4, offset_factor=1)
         for worker in loop(workers):
             for i in range((worker + 1) * count // workers - worker * count // workers):
                 P[worker * count // workers + i] = V[F[worker * count // workers + i]]
@@ -30,7 +30,7 @@ def gather(*, parallel: bool, name: str) -> Any:
     return kernel
 
 
-def pack_images(*, lanes: int, parallel: bool, name: str) -> Any:
+def pack_images(*, lanes: int, parallel: bool, dtype: str = "float32", name: str) -> Any:
     """Packed input with lanes over images: NCHW → [group, channel, phases · plane, lanes], by transposing in registers.
 
     Arguments: x, packed position of each input position or -1 [area], packed positions that are zero, packed; then workers, groups,
@@ -47,19 +47,19 @@ def pack_images(*, lanes: int, parallel: bool, name: str) -> Any:
     ):  # fmt: skip
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0, n1, n2, n3 = T.int32(), T.int32(), T.int32(), T.int32()
-        X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
+        X = T.match_buffer(x, (n0,), dtype, align=4, offset_factor=1)
         F = T.match_buffer(targets, (n1,), "int32", align=4, offset_factor=1)
         Z = T.match_buffer(borders, (n2,), "int32", align=4, offset_factor=1)
-        P = T.match_buffer(packed, (n3,), "float32", align=64)
+        P = T.match_buffer(packed, (n3,), dtype, align=64)
         for worker in loop(workers):
             for turn in range((worker + 1) * groups * channels // workers - worker * groups * channels // workers):
                 plane: T.let[T.int32] = worker * groups * channels // workers + turn
                 start: T.let[T.int32] = (plane // channels * L * channels + plane % channels) * area
                 for i in range(zeros):
-                    P[T.ramp((plane * positions + Z[i]) * L, 1, L)] = T.broadcast(T.float32(0), L)
+                    P[T.ramp((plane * positions + Z[i]) * L, 1, L)] = T.broadcast(T.cast(T.float32(0), dtype), L)
                 if area >= L:
                     for q in range((area + L - 1) // L):
-                        cells = T.alloc_buffer((2 * L * L,), "float32", scope="local")
+                        cells = T.alloc_buffer((2 * L * L,), dtype, scope="local")
                         begin: T.let[T.int32] = T.min(q * L, area - L)
                         for i in T.unroll(L):
                             cells[T.ramp(i * L, 1, L)] = X[T.ramp(start + i * channels * area + begin, 1, L)]
@@ -77,7 +77,7 @@ def pack_images(*, lanes: int, parallel: bool, name: str) -> Any:
     return kernel
 
 
-def pack_space(*, parallel: bool, name: str) -> Any:
+def pack_space(*, parallel: bool, dtype: str = "float32", name: str) -> Any:
     """Packed input with lanes over space: NCHW → [channel, phases · plane], a plane holding all images.
 
     Arguments: x, what each packed position of channel 0 copies or -1 (see Packing.sources), packed; then workers, channels, area of an
@@ -92,19 +92,21 @@ def pack_space(*, parallel: bool, name: str) -> Any:
     ):  # fmt: skip
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0, n1, n2 = T.int32(), T.int32(), T.int32()
-        X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
+        X = T.match_buffer(x, (n0,), dtype, align=4, offset_factor=1)
         F = T.match_buffer(sources, (n1,), "int32", align=4, offset_factor=1)
-        P = T.match_buffer(packed, (n2,), "float32", align=64)
+        P = T.match_buffer(packed, (n2,), dtype, align=64)
         for worker in loop(workers):
             for turn in range((worker + 1) * channels // workers - worker * channels // workers):
                 channel: T.let[T.int32] = worker * channels // workers + turn
                 for i in range(positions):
-                    P[channel * positions + i] = T.if_then_else(F[i] >= 0, X[F[i] + channel * area], T.float32(0))
+                    P[channel * positions + i] = T.if_then_else(
+                        F[i] >= 0, X[F[i] + channel * area], T.cast(T.float32(0), dtype)
+                    )
 
     return kernel
 
 
-def peak(*, lanes: int, chains: int, parallel: bool, name: str) -> Any:
+def peak(*, lanes: int, chains: int, parallel: bool, dtype: str = "float32", name: str) -> Any:
     """Multiply-adds in registers and nothing else: the most a core can do. Arguments: numbers [workers · chains · lanes], workers, turns."""
     loop = T.parallel if parallel else T.serial
     L = lanes
@@ -113,12 +115,12 @@ def peak(*, lanes: int, chains: int, parallel: bool, name: str) -> Any:
     def kernel(numbers: T.handle, workers: T.int32, turns: T.int32):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0 = T.int32()
-        X = T.match_buffer(numbers, (n0,), "float32", align=64)
+        X = T.match_buffer(numbers, (n0,), dtype, align=64)
         for worker in loop(workers):
-            acc = T.alloc_buffer((chains * L,), "float32", scope="local")
+            acc = T.alloc_buffer((chains * L,), dtype, scope="local")
             for u in T.unroll(chains):
                 acc[T.ramp(u * L, 1, L)] = X[T.ramp((worker * chains + u) * L, 1, L)]
-            factor = T.alloc_buffer((L,), "float32", scope="local")
+            factor = T.alloc_buffer((L,), dtype, scope="local")
             factor[T.ramp(0, 1, L)] = X[T.ramp(worker * chains * L, 1, L)]
             for _ in range(turns):
                 for u in T.unroll(chains):

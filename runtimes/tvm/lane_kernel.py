@@ -23,7 +23,7 @@ from sift_compiler.runtimes.tvm.streaming import STREAM, STREAMED, streaming
 # fmt: off
 def lane_tile(
     *, lanes: int, rows: int, height: int, width: int, pitch: int, parallel: bool, epilogue: Epilogue,
-    past_caches: bool = False, name: str,
+    past_caches: bool = False, dtype: str = "float32", name: str,
 ) -> Any:
     """The TIR function of one class of layers; see :func:`sparse_kernel.sparse_tile` for its constants. With ``past_caches`` the
     output is stored past the caches (see streaming).
@@ -38,7 +38,7 @@ def lane_tile(
     """
     L, R, NV = lanes, rows, height * width
     loop = T.parallel if parallel else T.serial
-    products, stores = f"{name}_products", streaming(lanes)
+    products, stores = f"{name}_products", streaming(lanes, dtype)
 
     @T.prim_func
     def kernel(
@@ -55,22 +55,22 @@ def lane_tile(
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n7, n8, n9, n10, n11, n12, n13 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n14, n15 = T.int32(), T.int32()
-        X = T.match_buffer(x, (n0,), "float32", align=64)
+        X = T.match_buffer(x, (n0,), dtype, align=64)
         F = T.match_buffer(stream, (n1,), "int32", align=4, offset_factor=1)
         BC = T.match_buffer(block_column, (n2,), "int32", align=4, offset_factor=1)
         BV = T.match_buffer(block_value, (n3,), "int32", align=4, offset_factor=1)
-        V = T.match_buffer(values, (n4,), "float32", align=4, offset_factor=1)
-        B = T.match_buffer(bias, (n5,), "float32", align=4, offset_factor=1)
-        SC = T.match_buffer(scale, (n6,), "float32", align=4, offset_factor=1)
-        SH = T.match_buffer(shift, (n7,), "float32", align=4, offset_factor=1)
-        E = T.match_buffer(residual, (n8,), "float32", align=4, offset_factor=1)
+        V = T.match_buffer(values, (n4,), dtype, align=4, offset_factor=1)
+        B = T.match_buffer(bias, (n5,), dtype, align=4, offset_factor=1)
+        SC = T.match_buffer(scale, (n6,), dtype, align=4, offset_factor=1)
+        SH = T.match_buffer(shift, (n7,), dtype, align=4, offset_factor=1)
+        E = T.match_buffer(residual, (n8,), dtype, align=4, offset_factor=1)
         P = T.match_buffer(phase, (n9,), "int32", align=4, offset_factor=1)
         A = T.match_buffer(rows_ahead, (n13,), "int32", align=4, offset_factor=1)
         D = T.match_buffer(begins, (n14,), "int32", align=4, offset_factor=1)
         K = T.match_buffer(pieces, (n15,), "int32", align=4, offset_factor=1)
-        Y = T.match_buffer(y, (n10,), "float32", align=64)
-        N = T.match_buffer(window, (n11,), "float32", align=64)
-        S = T.match_buffer(sums, (n12,), "float32", align=64)
+        Y = T.match_buffer(y, (n10,), dtype, align=64)
+        N = T.match_buffer(window, (n11,), dtype, align=64)
+        S = T.match_buffer(sums, (n12,), dtype, align=64)
         T.attr(0, "pragma_import_llvm", stores)
         for worker in loop(workers):
             for turn in range(D[worker + 1] - D[worker]):
@@ -97,14 +97,14 @@ def lane_tile(
                             target: T.let[T.int32] = w0 + ((c * phases + f) * window_rows + j) * window_columns * L
                             if down >= 0 and down < H:
                                 for i in range(first):
-                                    N[T.ramp(target + i * L, 1, L)] = T.broadcast(T.float32(0), L)
+                                    N[T.ramp(target + i * L, 1, L)] = T.broadcast(T.cast(T.float32(0), dtype), L)
                                 for i in range(last - first):
                                     N[T.ramp(target + (first + i) * L, 1, L)] = X[T.ramp(source + (first + i) * stride_x * L, 1, L)]
                                 for i in range(window_columns - last):
-                                    N[T.ramp(target + (last + i) * L, 1, L)] = T.broadcast(T.float32(0), L)
+                                    N[T.ramp(target + (last + i) * L, 1, L)] = T.broadcast(T.cast(T.float32(0), dtype), L)
                             else:
                                 for i in range(window_columns):
-                                    N[T.ramp(target + i * L, 1, L)] = T.broadcast(T.float32(0), L)
+                                    N[T.ramp(target + i * L, 1, L)] = T.broadcast(T.cast(T.float32(0), dtype), L)
                     # The window of the next block, or the first one of the next tile, wherever the image ends: a hint, never read.
                     begin: T.let[T.int32] = (image * C * H + T.max(0, top * stride_y - pad_y)) * W + T.max(0, left * stride_x - pad_x)
                     ahead: T.let[T.int32] = (begin + T.if_then_else(b + 1 < blocks, (b + 1) * block_channels * H * W, width * stride_x)) * L
@@ -119,16 +119,16 @@ def lane_tile(
                     if past_caches:
                         T.evaluate(T.call_extern("void", STREAM, T.address_of(Y[place]), finished_at_run_time(
                             epilogue, S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L,
-                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)], added, lowest,
+                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)], added, lowest, dtype,
                         )))
                     else:
                         Y[T.ramp(place, 1, L)] = finished_at_run_time(
                             epilogue, S[T.ramp(s0 + (n * NV + j * width + i) * L, 1, L)], L,
-                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)], added, lowest,
+                            T.broadcast(SC[m], L), T.broadcast(SH[m], L), E[T.ramp(place, 1, L)], added, lowest, dtype,
                         )
             if past_caches:
                 T.evaluate(T.call_extern("void", STREAMED))
 
-    subroutine = block_products(lanes=lanes, rows=rows, height=height, width=width, pitch=pitch, symbol=products)
+    subroutine = block_products(lanes=lanes, rows=rows, height=height, width=width, pitch=pitch, dtype=dtype, symbol=products)
     return tvm.IRModule({name: kernel, products: subroutine})
 # fmt: on

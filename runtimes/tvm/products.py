@@ -23,14 +23,15 @@ _CHECKED_ROWS = 2
 
 
 # fmt: off
-def group_products(*, lanes: int, rows: int, height: int, width: int, pitch: int) -> Any:
+def group_products(*, lanes: int, rows: int, height: int, width: int, pitch: int, dtype: str = "float32") -> Any:
     """A TIR macro ``(acc, stream, values, window, column, value, begin)``: the buckets of one group of rows, one small loop each.
 
     Args:
-        lanes: float32 lanes of a vector.
+        lanes: numbers in a vector.
         rows: R, output rows computed at once.
         height, width: vectors of a tile, down and across.
-        pitch: float32 numbers between two rows of vectors in the window (any number if height is 1).
+        pitch: numbers between two rows of vectors in the window (any number if height is 1).
+        dtype: of input, values and sums.
 
     It reads the group's buckets from ``stream[column[0]]`` and ``values[value[0]]`` on, moves both past them (int64, as addresses are), and adds
     weight times input to ``acc`` [rows · height · width · lanes], which lives in registers: one load of x and one multiply-add per row of
@@ -73,13 +74,15 @@ def group_products(*, lanes: int, rows: int, height: int, width: int, pitch: int
     return add_products
 
 
-def block_products(*, lanes: int, rows: int, height: int, width: int, pitch: int, symbol: str) -> Any:
+def block_products(
+    *, lanes: int, rows: int, height: int, width: int, pitch: int, dtype: str = "float32", symbol: str
+) -> Any:
     """The TIR function ``(stream, values, window, sums, groups, ahead, rows_ahead, row_count, columns, column_step)``.
 
     It adds weight times input to ``sums``.
 
     Args:
-        lanes, rows, height, width, pitch: see :func:`group_products`.
+        lanes, rows, height, width, pitch, dtype: see :func:`group_products`.
         symbol: what the function is called.
 
     Its pointers stand at the block's first column, its first packed value, its window, and the tile's sums
@@ -90,19 +93,19 @@ def block_products(*, lanes: int, rows: int, height: int, width: int, pitch: int
     each of the ``row_count`` numbers of ``rows_ahead`` on, a few rows per group. Copied unasked, a window costs forty cycles per vector.
     """
     L, R, NV = lanes, rows, height * width
-    add_products = group_products(lanes=lanes, rows=rows, height=height, width=width, pitch=pitch)
+    add_products = group_products(lanes=lanes, rows=rows, height=height, width=width, pitch=pitch, dtype=dtype)
 
     @T.prim_func
     def block(
-        stream: T.handle("int32"), values: T.handle("float32"), window: T.handle("float32"), sums: T.handle("float32"), groups: T.int32,
-        ahead: T.handle("float32"), rows_ahead: T.handle("int32"), row_count: T.int32, columns: T.int32, column_step: T.int32,
+        stream: T.handle("int32"), values: T.handle(dtype), window: T.handle(dtype), sums: T.handle(dtype), groups: T.int32,
+        ahead: T.handle(dtype), rows_ahead: T.handle("int32"), row_count: T.int32, columns: T.int32, column_step: T.int32,
     ):
         T.func_attr({"tirx.noalias": True, IN_REGISTERS: True, SUBROUTINE: symbol})
         F = T.decl_buffer((_MOST,), "int32", data=stream)
-        V = T.decl_buffer((_MOST,), "float32", data=values)
-        W = T.decl_buffer((_MOST,), "float32", data=window)
-        S = T.decl_buffer((_MOST,), "float32", data=sums)
-        X = T.decl_buffer((_MOST,), "float32", data=ahead)
+        V = T.decl_buffer((_MOST,), dtype, data=values)
+        W = T.decl_buffer((_MOST,), dtype, data=window)
+        S = T.decl_buffer((_MOST,), dtype, data=sums)
+        X = T.decl_buffer((_MOST,), dtype, data=ahead)
         A = T.decl_buffer((_MOST,), "int32", data=rows_ahead)
         k = registers(1, "int64")
         v = registers(1, "int64")
@@ -112,7 +115,7 @@ def block_products(*, lanes: int, rows: int, height: int, width: int, pitch: int
             for q in range((g + 1) * row_count // groups - g * row_count // groups):
                 for i in range(columns):
                     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", T.address_of(X[A[g * row_count // groups + q] + i * column_step]), 0, 2, 1))
-            acc = registers(R * NV * L)
+            acc = registers(R * NV * L, dtype)
             for u in T.unroll(R * NV):
                 acc[T.ramp(u * L, 1, L)] = S[T.ramp((g * R * NV + u) * L, 1, L)]
             add_products(acc, F, V, W, k, v, T.int64(0))

@@ -34,20 +34,21 @@ Output = Literal["images", "stretches", "tokens"]
 # fmt: off
 def sparse_tile(
     *, lanes: int, rows: int, height: int, width: int, pitch: int, output: Output, strip: int, parallel: bool,
-    epilogue: Epilogue, inline: bool = False, name: str,
+    epilogue: Epilogue, inline: bool = False, dtype: str = "float32", name: str,
 ) -> Any:
     """The TIR function of one class of layers.
 
     Args:
-        lanes: float32 lanes of a vector.
+        lanes: numbers in a vector.
         rows: R, output rows computed at once.
         height, width: vectors of a tile, down and across.
-        pitch: float32 numbers between two rows of vectors in the window (any number if height is 1).
+        pitch: numbers between two rows of vectors in the window (any number if height is 1).
         output: how a finished tile leaves.
         strip: positions transposed at once when a row of tiles over images is finished, a power of two up to ``lanes``; 0 scatters each
             tile by itself (for outputs of fewer than four positions in a row of tiles).
         epilogue: what is done to finished sums.
         parallel: run ``workers`` workers on TVM's pool; otherwise the caller's thread does all of it.
+        dtype: of input, values, sums and output; live kernels are made for float32.
         inline: one function, as an exported module needs it; otherwise the inner loops are a function of their own (see products).
         name: symbol of the function.
 
@@ -59,7 +60,7 @@ def sparse_tile(
     L, R, NV = lanes, rows, height * width
     N = strip
     loop = T.parallel if parallel else T.serial
-    constants = {"lanes": lanes, "rows": rows, "height": height, "width": width, "pitch": pitch}
+    constants = {"lanes": lanes, "rows": rows, "height": height, "width": width, "pitch": pitch, "dtype": dtype}
     add_products, products = group_products(**constants), f"{name}_products"
     images, stretches, tokens = output == "images", output == "stretches", output == "tokens"
     square, square_half = perfect_shuffle(L, L), result_half(L)
@@ -72,7 +73,7 @@ def sparse_tile(
         return 1 if tokens else plane_step
 
     def stored(value: Any, width: int, scale: Any, shift: Any, residual: Any) -> Any:
-        return finished(epilogue, value, width, scale, shift, residual)
+        return finished(epilogue, value, width, scale, shift, residual, dtype)
 
     @T.prim_func
     def kernel(
@@ -91,12 +92,12 @@ def sparse_tile(
         n0, n1, n2, n3, n4, n5, n6 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n7, n8, n9, n10, n11, n12, n13 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
         n14, n15, n16, n17, n18, n19 = T.int32(), T.int32(), T.int32(), T.int32(), T.int32(), T.int32()
-        X = T.match_buffer(x, (n0,), "float32", align=4, offset_factor=1)
+        X = T.match_buffer(x, (n0,), dtype, align=4, offset_factor=1)
         F = T.match_buffer(stream, (n1,), "int32", align=4, offset_factor=1)
         BC = T.match_buffer(block_column, (n2,), "int32", align=4, offset_factor=1)
         BV = T.match_buffer(block_value, (n3,), "int32", align=4, offset_factor=1)
-        V = T.match_buffer(values, (n4,), "float32", align=4, offset_factor=1)
-        B = T.match_buffer(bias, (n5,), "float32", align=4, offset_factor=1)
+        V = T.match_buffer(values, (n4,), dtype, align=4, offset_factor=1)
+        B = T.match_buffer(bias, (n5,), dtype, align=4, offset_factor=1)
         RS = T.match_buffer(run_start, (n6,), "int32", align=4, offset_factor=1)
         RF = T.match_buffer(run_source, (n7,), "int32", align=4, offset_factor=1)
         RT = T.match_buffer(run_target, (n8,), "int32", align=4, offset_factor=1)
@@ -104,13 +105,13 @@ def sparse_tile(
         A = T.match_buffer(rows_ahead, (n17,), "int32", align=4, offset_factor=1)
         D = T.match_buffer(begins, (n18,), "int32", align=4, offset_factor=1)
         K = T.match_buffer(pieces, (n19,), "int32", align=4, offset_factor=1)
-        SC = T.match_buffer(scale, (n14,), "float32", align=4, offset_factor=1)
-        SH = T.match_buffer(shift, (n15,), "float32", align=4, offset_factor=1)
-        E = T.match_buffer(residual, (n16,), "float32", align=4, offset_factor=1)
-        Y = T.match_buffer(y, (n10,), "float32", align=4, offset_factor=1)
-        W = T.match_buffer(window, (n11,), "float32", align=64)
-        S = T.match_buffer(sums, (n12,), "float32", align=64)
-        Q = T.match_buffer(finished, (n13,), "float32", align=64)
+        SC = T.match_buffer(scale, (n14,), dtype, align=4, offset_factor=1)
+        SH = T.match_buffer(shift, (n15,), dtype, align=4, offset_factor=1)
+        E = T.match_buffer(residual, (n16,), dtype, align=4, offset_factor=1)
+        Y = T.match_buffer(y, (n10,), dtype, align=4, offset_factor=1)
+        W = T.match_buffer(window, (n11,), dtype, align=64)
+        S = T.match_buffer(sums, (n12,), dtype, align=64)
+        Q = T.match_buffer(finished, (n13,), dtype, align=64)
         for worker in loop(workers):
             for turn in range((D[worker + 1] - D[worker]) * tiles_across):
                 piece: T.let[T.int32] = (D[worker] + turn // tiles_across) * 4
@@ -134,7 +135,7 @@ def sparse_tile(
                     if tokens:
                         if count >= L:
                             for u, c in T.grid(NV, (count + L - 1) // L):
-                                cells = registers(2 * L * L)
+                                cells = registers(2 * L * L, dtype)
                                 near: T.let[T.int32] = T.min(c * L, count - L)
                                 for i in T.unroll(L):
                                     cells[T.ramp(i * L, 1, L)] = X[T.ramp(origin + (u * L + i) * plane_step + b * block_planes + near, 1, L)]
@@ -155,7 +156,7 @@ def sparse_tile(
                         k[0] = T.cast(BC[b * segments + segment], "int64")
                         v[0] = T.cast(BV[b * segments + segment], "int64")
                         for g in range(last_group - first_group):
-                            acc = registers(R * NV * L)
+                            acc = registers(R * NV * L, dtype)
                             for u in T.unroll(R * NV):
                                 acc[T.ramp(u * L, 1, L)] = S[T.ramp(s0 + (g * R * NV + u) * L, 1, L)]
                             add_products(acc, F, V, W, k, v, T.cast(w0, "int64"))
@@ -185,7 +186,7 @@ def sparse_tile(
                         if turn % tiles_across == tiles_across - 1:
                             for n, q in T.grid(row_count, (height * out_width + N - 1) // N):
                                 done: T.let[T.int32] = first_row + n
-                                cells = registers(2 * N * L)
+                                cells = registers(2 * N * L, dtype)
                                 start: T.let[T.int32] = T.min(q * N, height * out_width - N)
                                 for i in T.unroll(N):
                                     cells[T.ramp(i * L, 1, L)] = Q[T.ramp(q0 + (n * height * out_width + start + i) * L, 1, L)]
@@ -198,7 +199,7 @@ def sparse_tile(
                 if tokens:
                     if row_count >= L:
                         for u, q in T.grid(NV, (row_count + L - 1) // L):
-                            cells = registers(2 * L * L)
+                            cells = registers(2 * L * L, dtype)
                             near_row: T.let[T.int32] = T.min(q * L, row_count - L)
                             row: T.let[T.int32] = first_row + near_row
                             for i in T.unroll(L):

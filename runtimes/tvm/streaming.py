@@ -13,11 +13,16 @@ STREAMED_BYTES = 8 * 2**20
 """Smallest output worth it."""
 
 
-def streaming(lanes: int) -> str:
-    """The functions for vectors of ``lanes`` float32, which begin at multiples of their size; import it with ``pragma_import_llvm``."""
+_LLVM = {"float32": ("float", 4), "float64": ("double", 8)}
+"""What LLVM calls a type, and its bytes."""
+
+
+def streaming(lanes: int, dtype: str = "float32") -> str:
+    """The functions for vectors of ``lanes`` numbers, which begin at multiples of their size; import it with ``pragma_import_llvm``."""
+    kind, size = _LLVM[dtype]
     return f"""
-define void @{STREAM}(ptr %address, <{lanes} x float> %vector) alwaysinline {{
-  store <{lanes} x float> %vector, ptr %address, align {4 * lanes}, !nontemporal !0
+define void @{STREAM}(ptr %address, <{lanes} x {kind}> %vector) alwaysinline {{
+  store <{lanes} x {kind}> %vector, ptr %address, align {size * lanes}, !nontemporal !0
   ret void
 }}
 define void @{STREAMED}() alwaysinline {{
