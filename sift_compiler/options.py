@@ -328,7 +328,7 @@ class CompileOptions:
     winograd: int = 4
     """Largest tile of Winograd's convolution, by the outputs of a 3 × 3 kernel: 4, 2, or 0 for never. In graphs for inference a convolution of moderate
     sparsity, and a dense first one, is computed with its zeros by fewer multiplications where that is faster (kernels of 2 to 5 rows and
-    columns, stride 2 up to 9). Errors of a layer stay below 1e-5 of its largest output: three to five times those on kept weights with 4, no more than those with
+    columns, with stride 2 of 3 to 10). Errors of a layer stay below 1e-5 of its largest output: three to five times those on kept weights with 4, no more than those with
     2. Infinities and NaN reach the outputs they belong to."""
     prune_threshold: float | None = 0.5
     """Dense layers whose weight holds at least this share of zeros, in [0, 1], run sparse where that measures faster: models that another

@@ -60,7 +60,7 @@ def sparse_tile(
     L, R, NV = lanes, rows, height * width
     N = strip
     loop = T.parallel if parallel else T.serial
-    constants = {"lanes": lanes, "rows": rows, "height": height, "width": width, "pitch": pitch, "dtype": dtype}
+    constants: dict[str, Any] = {"lanes": lanes, "rows": rows, "height": height, "width": width, "pitch": pitch, "dtype": dtype}
     add_products, products = group_products(**constants), f"{name}_products"
     images, stretches, tokens = output == "images", output == "stretches", output == "tokens"
     square, square_half = perfect_shuffle(L, L), result_half(L)
