@@ -19,6 +19,7 @@ from sift_compiler.lowering.plan import LayerPlan
 from sift_compiler.lowering.specification import LayerSpec
 from sift_compiler.nn import SparseConv2d
 from sift_compiler.nn.layer import SparseLayer
+from sift_compiler.options import CompileOptions
 from sift_compiler.runtimes.pruned import break_even
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.peak import peak_loop
@@ -124,7 +125,8 @@ def _time_layer(path: str, layer: SparseLayer, x: Tensor, threads: int, rounds: 
     refusal = runtime.refuse(spec, str(x.device))
     if refusal is not None:
         return LayerTime(**known, tile="", reason=refusal)
-    kernel = runtime.build(spec, path, threads)
+    # What torch.compile would take by default, for inference.
+    kernel = runtime.build(spec, path, threads, winograd=CompileOptions().winograd)
     weight = layer.dense_weight()
     y = kernel(x, layer.values, layer.index, layer.bias)
     plan = kernel.plan(tuple(x.shape))
@@ -139,10 +141,13 @@ def _time_layer(path: str, layer: SparseLayer, x: Tensor, threads: int, rounds: 
         (peak, lambda: kernel(x, layer.values, layer.index, layer.bias), dense), rounds, one_thread=threads == 1
     )
     flops = 2 * layer.pattern.nnz * (y.numel() // layer.weight_shape[0])
+    # With zeros multiplied the time does not follow the number of weights.
+    zeros = any(part.tile.lanes == "winograd" for part in plan.parts)
+    even = None if zeros else break_even(layer.sparsity, times[1], times[2])
     return LayerTime(
         **known, tile=" + ".join(str(part.tile) for part in plan.parts), reason=plan.reason,
         microseconds=1e6 * times[1], of_peak=flops / times[1] / (peak_flops / times[0]), dense_microseconds=1e6 * times[2],
-        break_even=break_even(layer.sparsity, times[1], times[2]), candidates=_candidates(kernel, plan, layer.index),
+        break_even=even, candidates=_candidates(kernel, plan, layer.index),
     )  # fmt: skip
 
 

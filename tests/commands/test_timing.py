@@ -18,7 +18,7 @@ from sift_compiler.errors import UserError
 from sift_compiler.lowering.candidates import candidates
 from sift_compiler.lowering.cpu import CpuFacts
 from sift_compiler.lowering.plan import LayerPlan, Timing
-from sift_compiler.options import Tune
+from sift_compiler.options import CompileOptions, Tune
 from sift_compiler.runtimes.pruned import break_even
 from sift_compiler.runtimes.tvm import tune
 from sift_compiler.runtimes.tvm.runtime import TvmRuntime
@@ -67,7 +67,8 @@ def measured(monkeypatch, tmp_path):
 
 
 def plan_of(layer: sift.nn.SparseConv2d, shape: tuple[int, ...], level: Tune) -> tuple[LayerPlan, CpuFacts]:
-    kernel = TvmRuntime().build(specification(layer, torch.empty(0)), "layer", 1, tune=level)
+    winograd = CompileOptions().winograd
+    kernel = TvmRuntime().build(specification(layer, torch.empty(0)), "layer", 1, tune=level, winograd=winograd)
     return kernel.plan(shape, layer.index), kernel.cpu
 
 
