@@ -22,7 +22,9 @@ def scratch(purpose: str, size: int) -> Tensor:
     buffers: dict[str, Tensor] = _local.__dict__.setdefault("buffers", {})
     buffer = buffers.get(purpose)
     if buffer is None or buffer.numel() < size:
-        buffer = zeros_in_huge_pages(size) if size >= _LARGE else torch.zeros(max(size, 16), dtype=torch.float32)
+        # Made in inference mode it could not be written to outside.
+        with torch.inference_mode(False):
+            buffer = zeros_in_huge_pages(size) if size >= _LARGE else torch.zeros(max(size, 16), dtype=torch.float32)
         buffers[purpose] = buffer
     return buffer
 

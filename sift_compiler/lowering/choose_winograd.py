@@ -82,7 +82,7 @@ def of_positions(
     """The best tile with tiles of one image side by side; arguments as those of :func:`of_image_vectors`."""
     layout = _Layout(
         vectors=lambda size, more: -(-(-(-output[0] // size) * (-(-output[1] // size) + more) - more) // cpu.lanes),
-        outputs=output[0] * output[1] / cpu.lanes, at_once=True, repeats=images, reading=115, writing=45, streamed=3,
+        outputs=output[0] * output[1] / cpu.lanes, at_once=True, repeats=images, reading=115, writing=45, streamed=6,
     )  # fmt: skip
     return _best(spec, layout, largest, frozen, cpu)
 

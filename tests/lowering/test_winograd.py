@@ -176,7 +176,7 @@ def test_the_first_layer_of_a_network_side_by_side(cpu: CpuFacts) -> None:
 
 
 def test_weights_that_are_made_anew_at_every_call_count() -> None:
-    spec, one_image = layer(0.5), (1, 128, 28, 28)
+    spec, one_image = layer(0.5), (1, 128, 40, 40)
     assert lanes(choose(spec, one_image, AVX512, largest=4, frozen=True)) == ["winograd"]
     assert lanes(choose(spec, one_image, AVX512, largest=4, frozen=False)) == ["space"]
 
@@ -191,7 +191,7 @@ def test_weights_that_would_take_too_much_memory_are_not_made() -> None:
 @PROCESSORS
 @pytest.mark.parametrize("images", [2, 15, 17, 33])
 def test_all_images_are_in_one_part(cpu: CpuFacts, images: int) -> None:
-    (choice,) = choose(layer(0.0), (images, 128, 28, 28), cpu, largest=4, frozen=True)
+    (choice,) = choose(layer(0.0), (images, 128, 56, 56), cpu, largest=4, frozen=True)
     assert (choice.tile.lanes, choice.first, choice.count) == ("winograd", 0, images)
-    alone = sparse_space(layer(0.0), choice, (28, 28), cpu)
+    alone = sparse_space(layer(0.0), choice, (56, 56), cpu)
     assert (alone.tile.lanes, alone.first, alone.count) == ("space", 0, images)

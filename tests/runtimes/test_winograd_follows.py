@@ -141,3 +141,14 @@ def test_outputs_do_not_change_afterwards() -> None:
     copy = first.clone()
     run(kernel, one, 2 * x, finish)
     assert torch.equal(first, copy)
+
+
+def test_scratch_of_inference_mode_serves_outside() -> None:
+    from sift_compiler.runtimes.tvm.workspace import exact_scratch, scratch
+
+    with exact_scratch():
+        for size in (20, 2**18):
+            with torch.inference_mode():
+                made = scratch("any", size)
+            made.zero_()
+            assert scratch("any", size) is made
