@@ -31,6 +31,8 @@ _POSITIONS = 1.2
 """Time with lanes over positions beside that with lanes over images of the same cost."""
 _WORTH_ZEROS = 0.95
 """Winograd's convolution is taken where it takes at most this share of the time: it needs more memory, and its errors are larger."""
+_WORTH_COLD_ZEROS = 0.85
+"""The same in the usual order: its weights are read for few tiles, and a network that is called now and then finds them in no cache."""
 _WORTH_OF_A_LOAD = 0.5
 """Time that a tile saves with every load of x per kept weight that it saves (measured)."""
 
@@ -176,7 +178,7 @@ def _choose_images(
     padded_cost = image_cost * lanes / rest if rest else image_cost
     if dense is not None:
         otherwise = _dense_cost(spec, image_cost if groups else min(space_cost * _POSITIONS, padded_cost))
-        if dense.cost < _WORTH_ZEROS * otherwise:
+        if dense.cost < _WORTH_COLD_ZEROS * otherwise:
             rivals = (space,) if not groups else ()
             return (
                 Choice(tile=dense.tile, first=0, count=count, reason=_zeros_too(spec, dense, otherwise), rivals=rivals),
