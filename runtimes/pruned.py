@@ -114,13 +114,8 @@ class PrunedKernel:
         self, spec: LayerSpec, name: str, runtime: Runtime, threads: int, threshold: float, tune: Tune = "off", winograd: int = 0
     ) -> None:  # fmt: skip
         self.spec, self.name = spec, name
-        self._runtime, self._threads, self._threshold, self._tune, self._winograd = (
-            runtime,
-            threads,
-            threshold,
-            tune,
-            winograd,
-        )
+        self._runtime, self._threads, self._threshold = runtime, threads, threshold
+        self._tune, self._winograd = tune, winograd
         self._watch, self._unrest = MaskWatch(), 0
         self._sparsity = 0.0
         self._sparse: _Sparse | None = None

@@ -106,7 +106,7 @@ def pack_space(*, parallel: bool, dtype: str = "float32", name: str) -> Any:
     return kernel
 
 
-def peak(*, lanes: int, chains: int, parallel: bool, dtype: str = "float32", name: str) -> Any:
+def peak(*, lanes: int, chains: int, parallel: bool, name: str) -> Any:
     """Multiply-adds in registers and nothing else: the most a core can do. Arguments: numbers [workers · chains · lanes], workers, turns."""
     loop = T.parallel if parallel else T.serial
     L = lanes
@@ -115,12 +115,12 @@ def peak(*, lanes: int, chains: int, parallel: bool, dtype: str = "float32", nam
     def kernel(numbers: T.handle, workers: T.int32, turns: T.int32):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         n0 = T.int32()
-        X = T.match_buffer(numbers, (n0,), dtype, align=64)
+        X = T.match_buffer(numbers, (n0,), "float32", align=64)
         for worker in loop(workers):
-            acc = T.alloc_buffer((chains * L,), dtype, scope="local")
+            acc = T.alloc_buffer((chains * L,), "float32", scope="local")
             for u in T.unroll(chains):
                 acc[T.ramp(u * L, 1, L)] = X[T.ramp((worker * chains + u) * L, 1, L)]
-            factor = T.alloc_buffer((L,), dtype, scope="local")
+            factor = T.alloc_buffer((L,), "float32", scope="local")
             factor[T.ramp(0, 1, L)] = X[T.ramp(worker * chains * L, 1, L)]
             for _ in range(turns):
                 for u in T.unroll(chains):

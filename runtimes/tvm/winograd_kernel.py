@@ -78,7 +78,7 @@ def winograd_lanes(
     The function's arguments, in order: input X [groups of images, C, H, W, lanes]; u (see :func:`winograd_weights`); bias, scale and shift
     [M] and residual, as those of lane_kernel; output Y [groups of images, M, H', W', lanes]; workspaces of every worker: transformed inputs
     [n², C, vectors, lanes], sums [blocks at once, n², rows, vectors, lanes], one tile [n², lanes], and what tells of
-    infinities and NaN: [lanes], anything but zeros if an output is not finite before its residual is added. Then integers: what computes
+    infinities and NaN: [lanes], zeros before, anything else afterwards if an output is not finite before its residual is added. Then integers: what computes
     where (``workers``, panels of ``vectors`` tiles in all), sizes, and how many blocks of rows are summed before they are transformed back;
     last a 0 that the compiler does not know, or it would take 0 · x for 0.
     """
@@ -113,7 +113,6 @@ def winograd_lanes(
             v0: T.let[T.int32] = worker * (N * N * C * P * L)
             q0: T.let[T.int32] = worker * (at_once * N * N * R * P * L)
             o0: T.let[T.int32] = worker * (N * N * L)
-            Z[T.ramp(worker * L, 1, L)] = T.broadcast(T.float32(0), L)
             for turn in range((worker + 1) * panels // workers - worker * panels // workers):
                 panel: T.let[T.int32] = worker * panels // workers + turn
                 of_image: T.let[T.int32] = (tiles_down * tiles_across + P - 1) // P

@@ -78,9 +78,8 @@ class WinogradPart(ABC):
 
     def run(self, x: Tensor, values: Tensor, bias: Tensor, y: Tensor, finish: Finish = NOTHING) -> None:
         """Compute ``y`` from ``x``, as the part on kept weights does."""
-        strange = scratch("strange", self.threads * self.choice.tile.vector)[
-            : self.threads * self.choice.tile.vector
-        ].zero_()
+        count = self.threads * self.choice.tile.vector
+        strange = scratch("strange", count)[:count].zero_()
         epilogue = tuple(self._one if t is None else t.view(-1) for t in (finish.scale, finish.shift, finish.residual))
         self._compute(x, self._weights.of(values), bias, epilogue, y, strange)
         if strange.numpy().any():

@@ -32,7 +32,7 @@ def winograd_space(
     [phases · m² · plane], -1 for zero; u (see winograd_weights); bias, scale and shift [M] and residual, as the output; output y [images, M, H', W']; workspaces: planes of
     a channel [workers, m² · plane], transformed inputs [panels, n², C, vectors, lanes], sums of every worker
     [blocks at once, n², rows, vectors, lanes], outputs by tiles [M, m², panels · vectors, lanes], tails [workers, lanes], and
-    what tells of infinities and NaN [workers, lanes], anything but zeros if an output may not be finite before its residual is added.
+    what tells of infinities and NaN [workers, lanes], zeros before, anything else afterwards if an output may not be finite before its residual is added.
     Then integers, and last a 0 as that of winograd_lanes.
     """
     L, R, P, S, N = lanes, rows, vectors, reach - taps + 1, reach
@@ -71,8 +71,6 @@ def winograd_space(
         D = T.match_buffer(tiles, (n11,), "float32", align=64)
         G = T.match_buffer(tails, (n12,), "float32", align=64)
         Z = T.match_buffer(strange, (n13,), "float32", align=64)
-        for worker in range(workers):
-            Z[T.ramp(worker * L, 1, L)] = T.broadcast(T.float32(0), L)
         for image in range(images):
             for worker in loop(workers):
                 # With own panels a worker transforms all channels of those alone, which then lie in its caches; else its share of all.

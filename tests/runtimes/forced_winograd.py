@@ -16,9 +16,22 @@ from sift_compiler.runtimes.tvm import winograd_part
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.target import cpu_facts, ensure_pool, host_cpu
 from sift_compiler.runtimes.tvm.winograd_part import WinogradPart
-from tests.runtimes.test_conformance import Layer
+from tests.runtimes.test_conformance import Layer, layer, sparse_mask
 
 ALL = Epilogue(scaled=True, residual=True, activation="relu")
+SCALED = Epilogue(scaled=True)
+SIDE_BY_SIDE = pytest.mark.parametrize("side_by_side", [False, True], ids=["usual order", "side by side"])
+CHANNELS, SIZE = 5, (9, 10)
+
+
+def inputs(side_by_side: bool) -> Tensor:
+    """Images for :func:`three_by_three`, as many as either layout needs."""
+    return torch.randn(host_cpu().lanes if side_by_side else 2, CHANNELS, *SIZE)
+
+
+def three_by_three() -> Layer:
+    """A small layer with an empty row."""
+    return layer(sparse_mask((11, CHANNELS, 3, 3)), padding=(1, 1))
 
 
 def force(patch: pytest.MonkeyPatch, reach: int, shape: int = 0) -> None:

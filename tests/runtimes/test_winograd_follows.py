@@ -7,32 +7,30 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
-from sift_compiler.lowering.epilogue import Epilogue
 from sift_compiler.nn.fused import Finish
 from sift_compiler.runtimes.tvm import workspace
 from sift_compiler.runtimes.tvm.live_kernel import TvmKernel
 from sift_compiler.runtimes.tvm.target import host_cpu
-from tests.runtimes.forced_winograd import build, error, force, parts, run
-from tests.runtimes.test_conformance import TOLERANCE, Layer, layer, sparse_mask
-
-SCALED = Epilogue(scaled=True)
-SIDE_BY_SIDE = pytest.mark.parametrize("side_by_side", [False, True], ids=["usual order", "side by side"])
-CHANNELS, SIZE = 5, (9, 10)
+from tests.runtimes.forced_winograd import (
+    CHANNELS,
+    SCALED,
+    SIDE_BY_SIDE,
+    SIZE,
+    build,
+    error,
+    force,
+    inputs,
+    parts,
+    run,
+    three_by_three,
+)
+from tests.runtimes.test_conformance import TOLERANCE, layer, sparse_mask
 
 
 @pytest.fixture(autouse=True)
 def _force(monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, 6)
-
-
-def inputs(side_by_side: bool) -> Tensor:
-    return torch.randn(host_cpu().lanes if side_by_side else 2, CHANNELS, *SIZE)
-
-
-def three_by_three() -> Layer:
-    return layer(sparse_mask((11, CHANNELS, 3, 3)), padding=(1, 1))
 
 
 @SIDE_BY_SIDE
